@@ -1,0 +1,15 @@
+"""The tables: each module of this folder yields the rows of one."""
+
+from collections.abc import Iterator
+
+from . import inference, model, training
+from .base import Benchmark, Setup
+
+__all__ = ["Benchmark", "Setup", "everything"]
+
+
+def everything() -> Iterator[Benchmark]:
+    """Every row, table by table."""
+    yield from training.benchmarks()
+    yield from inference.benchmarks()
+    yield from model.benchmarks()

@@ -1,0 +1,306 @@
+"""Fake quantizers: modules that round values as int8 would, while everything stays in float.
+
+Their switches live in the buffers ``fake_quant_enabled`` and ``observer_enabled``, as checkpoints of
+``torch.ao.quantization`` have them, mirrored by plain attributes so that ``forward`` never reads the
+device.  A change made directly to a buffer is noticed by its version counter at the next eager call;
+a compiled model follows :func:`enable_observer` and its kin.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eagerq.errors import InvalidConfigError
+from eagerq.functional import fake_quantize, training_qparams
+from eagerq.observer import (
+    FixedQParamsObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+)
+from eagerq.observer.base import _WithArgs, resize_buffers
+from eagerq.scheme import integer_type, sharing
+
+__all__ = [
+    # classes
+    "FakeQuantize",
+    "FakeQuantizeBase",
+    "FixedQParamsFakeQuantize",
+    "FusedMovingAvgObsFakeQuantize",
+    # switches, for nn.Module.apply
+    "disable_fake_quant",
+    "disable_observer",
+    "enable_fake_quant",
+    "enable_observer",
+]
+
+
+class FakeQuantizeBase(_WithArgs, ABC, nn.Module):
+    """Base of the fake quantizers: two switches, for rounding and for observing, both on at first."""
+
+    fake_quant_enabled: Tensor
+    observer_enabled: Tensor
+    _switch_dtype = torch.uint8  # NCCL takes no bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fake_quant_on = self._observer_on = True
+        self._seen: dict[str, tuple[Tensor, int]] = {}
+        for name in ("fake_quant_enabled", "observer_enabled"):
+            self.register_buffer(name, torch.ones(1, dtype=self._switch_dtype))
+            self._set_switch(name, True)
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]: ...
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Round values in ``forward`` from now on."""
+        self._set_switch("fake_quant_enabled", enabled)
+        self._fake_quant_on = enabled
+
+    def disable_fake_quant(self) -> None:
+        """Let values pass unrounded from now on."""
+        self.enable_fake_quant(False)
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Update statistics and parameters in ``forward`` from now on."""
+        self._set_switch("observer_enabled", enabled)
+        self._observer_on = enabled
+
+    def disable_observer(self) -> None:
+        """Keep statistics and parameters as they are from now on."""
+        self.enable_observer(False)
+
+    def _set_switch(self, name: str, enabled: bool) -> None:
+        buffer = self._buffers[name]
+        assert buffer is not None
+        buffer.fill_(int(enabled))
+        self._remember(name, buffer)
+
+    def _remember(self, name: str, buffer: Tensor) -> None:
+        self._seen[name] = (buffer, -1 if buffer.is_inference() else buffer._version)
+
+    def _changed(self, name: str) -> Tensor | None:
+        """The switch's buffer, if somebody replaced it or wrote to it since we last looked."""
+        buffer = self._buffers[name]
+        seen, version = self._seen[name]
+        if buffer is None or (buffer is seen and not buffer.is_inference() and buffer._version == version):
+            return None
+        self._remember(name, buffer)
+        return buffer
+
+    def _read_switches(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if (buffer := self._changed("fake_quant_enabled")) is not None:
+            self._fake_quant_on = bool(buffer.item())
+        if (buffer := self._changed("observer_enabled")) is not None:
+            self._observer_on = bool(buffer.item())
+
+
+class FakeQuantize(FakeQuantizeBase):
+    """Observes a tensor, then rounds it to the parameters that follow from what was seen.
+
+    ``out = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale``, with
+    the gradient passed straight through inside the range (see
+    :func:`eagerq.functional.fake_quantize`).
+
+    Args:
+        observer: observer class or factory.
+        quant_min, quant_max: the integers to use; both or neither.
+        is_dynamic: the converted operator computes parameters from each tensor.
+        observer_kwargs: further arguments of the observer, such as ``dtype`` and ``qscheme``.
+
+    Attributes:
+        scale: float32 and zero_point: int32 (float32 for the embedding scheme), each ``[1]`` or
+            ``[channels]``: the parameters last used.
+        activation_post_process: the observer.
+
+    Raises:
+        InvalidConfigError: for a range that does not fit the dtype.
+
+    Example:
+        >>> fq = FakeQuantize(observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=255)
+        >>> fq(torch.tensor([0.0, 1.0, 2.55]))
+        tensor([0.0000, 1.0000, 2.5500])
+    """
+
+    _resizable = ("scale", "zero_point")
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        observer: Any = MovingAverageMinMaxObserver,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        is_dynamic: bool = False,
+        **observer_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if quant_min is not None and quant_max is not None:
+            observer_kwargs.update(quant_min=quant_min, quant_max=quant_max)
+        self.activation_post_process = observer(**observer_kwargs, is_dynamic=is_dynamic)
+        self.quant_min: int = self.activation_post_process.quant_min
+        self.quant_max: int = self.activation_post_process.quant_max
+        self.is_dynamic: bool = self.activation_post_process.is_dynamic
+        self.dtype: torch.dtype = self.activation_post_process.dtype
+        self.qscheme = self.activation_post_process.qscheme
+        kind, shared = integer_type(self.dtype), sharing(self.qscheme)
+        if self.quant_min < kind.minimum or self.quant_max > kind.maximum:
+            bound = "quant_min" if self.quant_min < kind.minimum else "quant_max"
+            raise InvalidConfigError(
+                f"{bound} out of bound: [{self.quant_min}, {self.quant_max}] does not fit {self.dtype}",
+                remedy=f"stay within [{kind.minimum}, {kind.maximum}], or pass another dtype",
+            )
+        self.is_per_channel = shared.per_channel
+        self.ch_axis: int = getattr(self.activation_post_process, "ch_axis", -1)
+        device = self._observer_device()
+        self.register_buffer("scale", torch.ones(1, device=device))
+        dtype = torch.float32 if shared.float_zero_point else torch.int32
+        self.register_buffer("zero_point", torch.zeros(1, dtype=dtype, device=device))
+
+    def _observer_device(self) -> torch.device | None:
+        return next((buffer.device for buffer in self.activation_post_process.buffers()), None)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """The observer's scale and zero point: what :func:`eagerq.convert` uses by default."""
+        qparams: tuple[Tensor, Tensor] = self.activation_post_process.calculate_qparams()
+        return qparams
+
+    def _training_qparams(self) -> tuple[Tensor, Tensor]:
+        observer = self.activation_post_process
+        qparams: tuple[Tensor, Tensor] = getattr(observer, "qparams", observer.calculate_qparams)()
+        return qparams
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> None:
+        self.activation_post_process(x.detach())
+        scale, zero_point = self._training_qparams()
+        if self.scale.shape == scale.shape:
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+        else:  # the first batch tells how many channels there are
+            self.scale = scale.to(self.scale)
+            self.zero_point = zero_point.to(self.zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float tensor of any shape to the same shape and dtype."""
+        self._read_switches()
+        if self._observer_on:
+            self._observe(x)
+        if self._fake_quant_on:
+            axis = self.ch_axis if self.is_per_channel else None
+            x = fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max, axis)
+        return x
+
+    def extra_repr(self) -> str:
+        return (
+            f"fake_quant_enabled={self.fake_quant_enabled}, observer_enabled={self.observer_enabled}, "
+            f"quant_min={self.quant_min}, quant_max={self.quant_max}, dtype={self.dtype}, "
+            f"qscheme={self.qscheme}, ch_axis={self.ch_axis}, scale={self.scale}, "
+            f"zero_point={self.zero_point}"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        resize_buffers(self, self._resizable, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class FixedQParamsFakeQuantize(FakeQuantize):
+    """Rounds to fixed parameters: for outputs of known range, such as a sigmoid's.
+
+    Args:
+        observer: :class:`~eagerq.observer.FixedQParamsObserver`, or a factory of one.
+
+    Raises:
+        InvalidConfigError: for another observer or a per-channel scheme.
+    """
+
+    def __init__(self, observer: Any) -> None:
+        super().__init__(observer=observer)
+        if type(self.activation_post_process) is not FixedQParamsObserver or self.is_per_channel:
+            raise InvalidConfigError(
+                f"FixedQParamsFakeQuantize needs a per-tensor FixedQParamsObserver, got {self.activation_post_process}",
+                remedy="pass FixedQParamsObserver.with_args(scale=…, zero_point=…)",
+            )
+        self.scale = self.activation_post_process.scale
+        self.zero_point = self.activation_post_process.zero_point
+
+    def _observe(self, x: Tensor) -> None:
+        return
+
+
+class FusedMovingAvgObsFakeQuantize(FakeQuantize):
+    """:class:`FakeQuantize` over moving averages, with the parameters of fused training kernels.
+
+    The scale and zero point used *while training* follow
+    :func:`eagerq.functional.training_qparams`, as in torch's fused operator of this name;
+    ``calculate_qparams`` tells the observer's, which differ a little.  ``convert`` uses the latter,
+    ``convert(as_trained=True)`` the former.
+
+    Args:
+        observer: a moving-average observer, per tensor or per channel.
+        others: as for :class:`FakeQuantize`.
+
+    Raises:
+        InvalidConfigError: for another kind of observer.
+    """
+
+    _switch_dtype = torch.long
+
+    def __init__(
+        self,
+        observer: Any = MovingAverageMinMaxObserver,
+        quant_min: int = 0,
+        quant_max: int = 255,
+        **observer_kwargs: Any,
+    ) -> None:
+        super().__init__(observer, quant_min, quant_max, **observer_kwargs)
+        if not isinstance(
+            self.activation_post_process,
+            (MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver),
+        ):
+            raise InvalidConfigError(
+                "FusedMovingAvgObsFakeQuantize works with moving-average observers only, got "
+                f"{type(self.activation_post_process).__name__}",
+                remedy="pass MovingAverageMinMaxObserver, or use FakeQuantize",
+            )
+        self.is_symmetric_quant = sharing(self.qscheme).symmetric
+
+    def _training_qparams(self) -> tuple[Tensor, Tensor]:
+        observer = self.activation_post_process
+        return training_qparams(
+            observer.min_val, observer.max_val, self.quant_min, self.quant_max, self.is_symmetric_quant
+        )
+
+
+def disable_fake_quant(mod: nn.Module) -> None:
+    """Stop a fake quantizer from rounding; ``model.apply(eagerq.disable_fake_quant)``."""
+    if isinstance(mod, FakeQuantizeBase):
+        mod.disable_fake_quant()
+
+
+def enable_fake_quant(mod: nn.Module) -> None:
+    """Let a fake quantizer round again; ``model.apply(eagerq.enable_fake_quant)``."""
+    if isinstance(mod, FakeQuantizeBase):
+        mod.enable_fake_quant()
+
+
+def disable_observer(mod: nn.Module) -> None:
+    """Freeze a fake quantizer's statistics; ``model.apply(eagerq.disable_observer)``."""
+    if isinstance(mod, FakeQuantizeBase):
+        mod.disable_observer()
+
+
+def enable_observer(mod: nn.Module) -> None:
+    """Let a fake quantizer update its statistics again; ``model.apply(eagerq.enable_observer)``."""
+    if isinstance(mod, FakeQuantizeBase):
+        mod.enable_observer()

@@ -1,0 +1,67 @@
+"""One door per integer operation: a reference that is always right, and fast ones where they apply.
+
+A door is called with plain tensors and Python numbers.  Eagerly it hands them straight to the first
+fast implementation of the device that takes them (one that returns ``NotImplemented`` passes on to
+the next), or to the reference.  Under ``torch.compile`` and ``torch.export`` the call is recorded as
+the operator ``torch.ops.eagerq.<name>``, whose implementation is that same choice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LIBRARY", "Kernel"]
+
+LIBRARY = torch.library.Library("eagerq", "FRAGMENT")
+
+
+class Kernel:
+    """An integer operation with interchangeable implementations.
+
+    Args:
+        schema: the operator's schema, ``name(Tensor x, …) -> Tensor``.
+        reference: implementation in plain torch, for every device; the specification of the others.
+        fake: tells shape and dtype of the result without computing it.
+    """
+
+    def __init__(self, schema: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+        self.name = schema.partition("(")[0]
+        self.reference = reference
+        self._fast: dict[str, list[Callable[..., Any]]] = {}
+        LIBRARY.define(schema)
+        LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"eagerq::{self.name}", fake, lib=LIBRARY)
+        self._operator = getattr(torch.ops.eagerq, self.name).default
+        self._parameters = [argument.name for argument in self._operator._schema.arguments]
+        self._check(reference)
+        self._check(fake)
+
+    def _check(self, implementation: Callable[..., Any]) -> None:
+        parameters = list(inspect.signature(implementation).parameters)
+        if parameters != self._parameters:
+            raise TypeError(f"{self.name}: implementation takes {parameters}, schema {self._parameters}")
+
+    def register(self, device_type: str, implementation: Callable[..., Any]) -> None:
+        """Offer a fast implementation for a device; it may return ``NotImplemented``."""
+        self._check(implementation)
+        self._fast.setdefault(device_type, []).append(implementation)
+
+    def run(self, *args: Any) -> Tensor:
+        """Compute now, with the first implementation that takes these arguments."""
+        for implementation in self._fast.get(args[0].device.type, ()):
+            result = implementation(*args)
+            if result is not NotImplemented:
+                computed: Tensor = result
+                return computed
+        return self.reference(*args)
+
+    def __call__(self, *args: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            recorded: Tensor = self._operator(*args)
+            return recorded
+        return self.run(*args)

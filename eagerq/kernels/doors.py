@@ -1,0 +1,78 @@
+"""The doors that have fast implementations, with their schemas and registrations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eagerq.kernels import onednn, reference
+from eagerq.kernels.dispatch import Kernel
+
+__all__ = ["conv", "linear", "quantize"]
+
+_X = "Tensor x, float x_scale, int x_zero_point"
+_WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_zero_point, Tensor? bias"
+_OUTPUT = "float scale, int zero_point, ScalarType dtype, int low, int high"
+
+
+def _fake_quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _fake_linear(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+def _fake_conv(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    size = [
+        (length + 2 * pad - step * (taps - 1) - 1) // every + 1
+        for length, pad, step, taps, every in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+    ]
+    layout = reference.MEMORY_FORMATS[x.dim()]
+    shape = (x.shape[0], weight.shape[0], *size)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
+
+
+quantize = Kernel(f"quantize(Tensor x, {_OUTPUT}) -> Tensor", reference.quantize, _fake_quantize)
+linear = Kernel(f"linear({_X}, {_WEIGHT}, {_OUTPUT}) -> Tensor", reference.linear, _fake_linear)
+conv = Kernel(
+    f"conv({_X}, {_WEIGHT}, int[] stride, int[] padding, int[] dilation, int groups, {_OUTPUT}) -> Tensor",
+    reference.conv,
+    _fake_conv,
+)
+
+if onednn.available():
+    linear.register("cpu", onednn.linear)
+    conv.register("cpu", onednn.conv)

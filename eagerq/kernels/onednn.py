@@ -1,0 +1,204 @@
+"""int8 linear and convolution on x86 through oneDNN's operators, which take plain integer tensors.
+
+What they cannot do exactly is refused here (``NotImplemented``) and goes to the reference:
+asymmetric weights, outputs of other types than 8-bit integers, sums that could leave int32, and
+convolutions with a window wholly in padding, which oneDNN gets wrong for thin groups.
+"""
+
+from __future__ import annotations
+
+import platform
+import weakref
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eagerq.kernels.reference import MEMORY_FORMATS
+
+__all__ = ["available", "conv", "linear"]
+
+_NAMES = ("qlinear_prepack", "qlinear_pointwise", "qconv_prepack", "qconv_pointwise")
+_BYTES = (torch.uint8, torch.int8)
+# products of a byte and a signed byte that an int32 sum can take
+_LONGEST_SUM = (2**31 - 1) // (255 * 128)
+
+
+def available() -> bool:
+    """Whether this build and processor have the operators."""
+    return (
+        platform.machine().lower() in ("x86_64", "amd64")
+        and torch.backends.mkldnn.is_available()
+        and all(hasattr(torch.ops.onednn, name) for name in _NAMES)
+    )
+
+
+class _Packed(NamedTuple):
+    """A weight in oneDNN's own layout, and what it was packed for."""
+
+    alive: weakref.ref[Tensor]
+    version: int
+    key: Any
+    weight: Tensor | None  # None: oneDNN cannot run it
+
+
+# Packed weights live as long as the integer weight they come from, which alone is the model's state:
+# a weight that is loaded, moved or copied is a new tensor or version, and is packed anew.
+_packed: dict[int, _Packed] = {}
+
+
+def _pack(weight: Tensor, zero_point: Tensor, key: Any, pack: Callable[[], Tensor]) -> Tensor | None:
+    """The packed weight, made on first use; None when its zero points are not all zero."""
+    if weight.is_inference():  # has no version to tell a change by
+        return None if zero_point.any() else pack()
+    number, version = id(weight), weight._version
+    entry = _packed.get(number)
+    if entry is None or entry.alive() is not weight or entry.version != version or entry.key != key:
+
+        def forget(_: Any) -> None:
+            _packed.pop(number, None)
+
+        alive = weakref.ref(weight, forget)
+        entry = _Packed(alive, version, key, None if zero_point.any() else pack())
+        _packed[number] = entry
+    return entry.weight
+
+
+def _post_op(
+    dim: int, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int
+) -> tuple[str, list[float]]:
+    """oneDNN's name and arguments for clamping the output to ``[low, high]``."""
+    least, most = (0, 255) if dtype is torch.uint8 else (-128, 127)
+    if (low <= least and high >= most) or dim == 5:
+        return "none", []
+    if low == zero_point and high >= most:
+        return "relu", []
+    return "hardtanh", [(low - zero_point) * scale, (high - zero_point) * scale]
+
+
+def linear(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Any:
+    """See :func:`eagerq.kernels.reference.linear`."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    if (
+        x.dtype not in _BYTES
+        or dtype not in _BYTES
+        or weight.dtype is not torch.int8
+        or weight.shape[1] > _LONGEST_SUM
+        or rows == 0
+        or weight.numel() == 0
+    ):
+        return NotImplemented
+    packed = _pack(weight, weight_zero_point, "linear", lambda: torch.ops.onednn.qlinear_prepack.default(weight, None))
+    if packed is None:
+        return NotImplemented
+    attr, scalars = _post_op(2, scale, zero_point, dtype, low, high)
+    y = torch.ops.onednn.qlinear_pointwise.default(
+        x.reshape(rows, x.shape[-1]).contiguous(),
+        x_scale,
+        x_zero_point,
+        packed,
+        weight_scale,
+        weight_zero_point,
+        bias,
+        scale,
+        zero_point,
+        dtype,
+        attr,
+        scalars,
+        "",
+    )
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@lru_cache(maxsize=1024)
+def _every_window_sees_input(
+    size: tuple[int, ...], kernel: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> bool:
+    """Whether no window of the convolution can lie wholly in padding (sufficient, not necessary)."""
+    return all(
+        pad == 0 or (pad <= step * (taps - 1) and step <= length)
+        for length, taps, pad, step in zip(size, kernel, padding, dilation, strict=True)
+    )
+
+
+def conv(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Any:
+    """See :func:`eagerq.kernels.reference.conv`."""
+    dim = x.dim()
+    kernel = weight.shape[2:]
+    if (
+        x.dtype not in _BYTES
+        or dtype not in _BYTES
+        or weight.dtype is not torch.int8
+        or weight.numel() > _LONGEST_SUM * weight.shape[0]
+        or x.numel() == 0
+        or not _every_window_sees_input(x.shape[2:], kernel, tuple(padding), tuple(dilation))
+    ):
+        return NotImplemented
+    if x.dtype is torch.int8:  # the kernels want bytes: move data and zero point alike
+        x, x_zero_point = x.view(torch.uint8).bitwise_xor(128), x_zero_point + 128
+    x = x.contiguous(memory_format=MEMORY_FORMATS[dim])
+    # a single image is worth packing for its very shape
+    shape = list(x.shape) if x.shape[0] == 1 else None
+    packed = _pack(
+        weight,
+        weight_zero_point,
+        (x_scale, x_zero_point, shape, stride, padding, dilation),
+        lambda: torch.ops.onednn.qconv_prepack.default(
+            weight, weight_scale, x_scale, x_zero_point, stride, padding, dilation, groups, shape
+        ),
+    )
+    if packed is None:
+        return NotImplemented
+    attr, scalars = _post_op(dim, scale, zero_point, dtype, low, high)
+    y = torch.ops.onednn.qconv_pointwise.default(
+        x,
+        x_scale,
+        x_zero_point,
+        packed,
+        weight_scale,
+        weight_zero_point,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        scale,
+        zero_point,
+        dtype,
+        attr,
+        scalars,
+        "",
+    )
+    return y.clamp_(low, high) if dim == 5 else y

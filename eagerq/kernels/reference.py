@@ -1,0 +1,230 @@
+"""The integer operations in plain torch: right on every device, and what the fast ones are held to.
+
+Sums of products are exact (float64 holds every integer that an int8 layer can reach).  What follows
+is float32, rounded step by step as oneDNN's kernels do: ``((sum·sx)·sw + bias)·(1/so) + zo``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eagerq.functional import channel_shape
+
+__all__ = [
+    "add",
+    "cat",
+    "conv",
+    "dequantize",
+    "dequantize_per_channel",
+    "linear",
+    "matmul",
+    "mul",
+    "quantize",
+    "quantize_per_channel",
+    "single",
+]
+
+# activations flow with their channels last: a change of layout costs more than a convolution
+MEMORY_FORMATS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def single(value: float) -> float:
+    """``value`` rounded to float32, in arithmetic that a compiler can trace (Veltkamp's splitting)."""
+    shifted = value * (2.0**29 + 1)
+    return shifted - (shifted - value)
+
+
+def _inverse(scale: float) -> float:
+    return single(1.0 / scale)
+
+
+def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:
+    """``clamp(round(x·(1/scale) + zero_point), low, high)``, the sum rounded once (fused multiply-add)."""
+    shift = torch.tensor(float(zero_point))
+    steps = torch.add(shift, x.to(torch.float32), alpha=_inverse(scale))
+    return steps.round_().clamp_(low, high).to(dtype)
+
+
+def quantize_per_channel(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, dtype: torch.dtype, low: int, high: int
+) -> Tensor:
+    """As :func:`quantize`, with a scale and zero point for each index of ``axis``."""
+    shape = channel_shape(x.dim(), axis)
+    inverse = scale.to(torch.float32).reciprocal().reshape(shape)
+    steps = x.to(torch.float32) * inverse + zero_point.to(torch.float32).reshape(shape)
+    return steps.round_().clamp_(low, high).to(dtype)
+
+
+def dequantize(q: Tensor, scale: float, zero_point: int) -> Tensor:
+    """``(q - zero_point)·scale`` in float32."""
+    return q.to(torch.float32).sub_(zero_point).mul_(scale)
+
+
+def dequantize_per_channel(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """As :func:`dequantize`, with a scale and zero point for each index of ``axis``."""
+    shape = channel_shape(q.dim(), axis)
+    return q.to(torch.float32).sub_(zero_point.reshape(shape)).mul_(scale.reshape(shape))
+
+
+def _requantize(
+    total: Tensor,
+    axis: int,
+    x_scale: float,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    shape = channel_shape(total.dim(), axis)
+    y = total.to(torch.float32).mul_(x_scale).mul_(weight_scale.reshape(shape))
+    if bias is not None:
+        y.add_(bias.reshape(shape))
+    return y.mul_(_inverse(scale)).add_(zero_point).round_().clamp_(low, high).to(dtype)
+
+
+def _centred(weight: Tensor, zero_point: Tensor) -> Tensor:
+    return weight.double().sub_(zero_point.reshape(channel_shape(weight.dim(), 0)))
+
+
+def linear(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """Integers ``[…, in]`` times integers ``[out, in]``, requantized to ``[…, out]``."""
+    total = F.linear(x.double().sub_(x_zero_point), _centred(weight, weight_zero_point))
+    return _requantize(total, -1, x_scale, weight_scale, bias, scale, zero_point, dtype, low, high)
+
+
+def conv(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """1-, 2- or 3-dimensional convolution of integers ``[N, C, …]``, requantized; padding means 0.0.
+
+    2- and 3-dimensional results have their channels last in memory.
+    """
+    total = _CONVOLUTIONS[x.dim()](
+        x.double().sub_(x_zero_point),
+        _centred(weight, weight_zero_point),
+        None,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+    y = _requantize(total, 1, x_scale, weight_scale, bias, scale, zero_point, dtype, low, high)
+    return y.contiguous(memory_format=MEMORY_FORMATS[x.dim()])
+
+
+def _steps(y: Tensor, factor: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:
+    # the zero point is added after rounding here, as operators on two activations have always done
+    return y.mul_(factor).round_().add_(zero_point).clamp_(low, high).to(dtype)
+
+
+def add(
+    a: Tensor,
+    a_scale: float,
+    a_zero_point: int,
+    b: Tensor,
+    b_scale: float,
+    b_zero_point: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """``a + b`` of two quantized tensors (broadcasting), requantized."""
+    total = dequantize(a, a_scale, a_zero_point) + dequantize(b, b_scale, b_zero_point)
+    return _steps(total, _inverse(scale), zero_point, dtype, low, high)
+
+
+def mul(
+    a: Tensor,
+    a_scale: float,
+    a_zero_point: int,
+    b: Tensor,
+    b_scale: float,
+    b_zero_point: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """``a * b`` of two quantized tensors (broadcasting), requantized."""
+    product = a.to(torch.float32).sub_(a_zero_point) * b.to(torch.float32).sub_(b_zero_point)
+    factor = single(single(a_scale * b_scale) * _inverse(scale))
+    return _steps(product, factor, zero_point, dtype, low, high)
+
+
+def matmul(
+    a: Tensor,
+    a_scale: float,
+    a_zero_point: int,
+    b: Tensor,
+    b_scale: float,
+    b_zero_point: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """``a @ b`` of two quantized tensors, requantized."""
+    product = a.double().sub_(a_zero_point) @ b.double().sub_(b_zero_point)
+    factor = single(single(a_scale * b_scale) * _inverse(scale))
+    return _steps(product.to(torch.float32), factor, zero_point, dtype, low, high)
+
+
+def cat(
+    tensors: Sequence[Tensor],
+    scales: Sequence[float],
+    zero_points: Sequence[int],
+    dim: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """Concatenate quantized tensors, each requantized where its parameters differ from the result's."""
+    parts = []
+    for q, q_scale, q_zero_point in zip(tensors, scales, zero_points, strict=True):
+        if (q_scale, q_zero_point, q.dtype) == (scale, zero_point, dtype):
+            parts.append(q.clamp(low, high))
+        else:
+            parts.append(quantize(dequantize(q, q_scale, q_zero_point), scale, zero_point, dtype, low, high))
+    return torch.cat(parts, dim)

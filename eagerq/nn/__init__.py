@@ -1,0 +1,1 @@
+"""Twins of torch.nn modules: for training (``qat``) and in integers (``quantized``)."""

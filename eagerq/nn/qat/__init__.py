@@ -1,0 +1,6 @@
+"""Modules for quantization-aware training."""
+
+from eagerq.nn.qat.conv import Conv1d, Conv2d, Conv3d
+from eagerq.nn.qat.linear import Linear
+
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "Linear"]

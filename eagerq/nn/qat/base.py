@@ -1,0 +1,120 @@
+"""What every QAT module shares: a fake-quantized weight in a stock torch module."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import (
+    is_parametrized,
+    transfer_parametrizations_and_params,
+    type_before_parametrizations,
+)
+
+from eagerq.errors import InvalidConfigError
+
+__all__ = ["QATMixin", "hand_over"]
+
+_Self = TypeVar("_Self", bound="QATMixin")
+
+
+def hand_over(source: nn.Module, target: nn.Module, *names: str) -> None:
+    """Give ``target`` the very parameters of ``source`` (with any parametrizations)."""
+    for name in names:
+        if is_parametrized(source, name):
+            transfer_parametrizations_and_params(source, target, name)
+        else:
+            setattr(target, name, getattr(source, name))
+
+
+class QATMixin(nn.Module):
+    """Mixed into a torch module with a weight: ``forward`` uses the weight as int8 would hold it.
+
+    Attributes:
+        weight_fake_quant: fake quantizer of the weight, from ``qconfig.weight()``.
+        post_op: the activation fused behind, ``"relu"`` or None.
+    """
+
+    _FLOAT_MODULE: ClassVar[type[nn.Module]]
+    post_op: ClassVar[str | None] = None
+
+    qconfig: Any
+    weight: Any
+    bias: Any
+    weight_fake_quant: nn.Module
+
+    def _attach(self, qconfig: Any) -> None:
+        """Add the weight's fake quantizer.
+
+        Raises:
+            InvalidConfigError: without a qconfig.
+        """
+        if not qconfig:
+            raise InvalidConfigError("qconfig must be provided for QAT module", module=self)
+        self.qconfig = qconfig
+        self.weight_fake_quant = qconfig.weight()
+
+    def _affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The stock module's own arithmetic, with a weight and bias of the caller's."""
+        raise NotImplementedError
+
+    def _activated(self, y: Tensor) -> Tensor:
+        return F.relu(y) if self.post_op == "relu" else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._activated(self._affine(x, self.weight_fake_quant(self.weight), self.bias))
+
+    @classmethod
+    def _arguments(cls, module: Any) -> dict[str, Any]:
+        """Constructor arguments that rebuild a float module's shape."""
+        raise NotImplementedError
+
+    @classmethod
+    def _check_float(cls, mod: nn.Module) -> None:
+        kind = type_before_parametrizations(mod)
+        if kind is not cls._FLOAT_MODULE:
+            raise InvalidConfigError(
+                f"qat.{cls.__name__}.from_float only works for {cls._FLOAT_MODULE.__name__}, got {kind.__name__}",
+                module=mod,
+            )
+        if not hasattr(mod, "qconfig"):
+            raise InvalidConfigError("Input float module must have qconfig defined", module=mod)
+        if not mod.qconfig:
+            raise InvalidConfigError("Input float module must have a valid qconfig", module=mod)
+
+    @classmethod
+    def from_float(cls: type[_Self], mod: nn.Module, use_precomputed_fake_quant: bool = False) -> _Self:
+        """The QAT module for a float (or fused) one that has a ``qconfig``; parameters are shared.
+
+        Raises:
+            InvalidConfigError: for another class of module, or one without a qconfig.
+        """
+        cls._check_float(mod)
+        inner: Any = mod[0] if isinstance(mod, nn.Sequential) else mod
+        # built on the meta device: no memory, no random numbers, as its parameters come from the float one
+        new = cls(**cls._arguments(inner), qconfig=mod.qconfig, device="meta")
+        hand_over(inner, new, "weight", "bias")
+        new._adopt(mod)
+        new.weight_fake_quant.to(inner.weight.device)
+        new.train(mod.training)
+        return new
+
+    def _adopt(self, mod: nn.Module) -> None:
+        """Take over what else a fused float module has."""
+
+    def folded(self, as_trained: bool) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as inference uses them, detached."""
+        return self.weight.detach(), None if self.bias is None else self.bias.detach()
+
+    def to_float(self) -> nn.Module:
+        """The float module for inference, with the trained parameters (any batch norm folded in)."""
+        plain_class = next(base for base in type(self).__mro__ if base.__module__.startswith("torch.nn"))
+        weight, bias = self.folded(as_trained=False)
+        arguments = {**self._arguments(self), "bias": bias is not None, "device": "meta"}
+        plain: Any = plain_class(**arguments)
+        plain.weight = nn.Parameter(weight)
+        plain.bias = None if bias is None else nn.Parameter(bias)
+        fused_with_relu: Any = getattr(self, "_FLOAT_RELU", None)
+        float_module: nn.Module = fused_with_relu(plain, nn.ReLU()) if fused_with_relu else plain
+        return float_module.train(self.training)

@@ -1,0 +1,25 @@
+"""int8 modules."""
+
+from eagerq.nn.quantized.base import QuantizedModule, WeightedQuantizedModule
+from eagerq.nn.quantized.conv import Conv1d, Conv2d, Conv3d
+from eagerq.nn.quantized.functional_modules import FloatFunctional, FXFloatFunctional, QFunctional
+from eagerq.nn.quantized.linear import Linear
+from eagerq.nn.quantized.quantize import DeQuantize, Quantize
+
+__all__ = [
+    # base classes
+    "QuantizedModule",
+    "WeightedQuantizedModule",
+    # layers
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Linear",
+    # the ends
+    "DeQuantize",
+    "Quantize",
+    # operations
+    "FXFloatFunctional",
+    "FloatFunctional",
+    "QFunctional",
+]

@@ -1,0 +1,333 @@
+"""What every int8 module shares: parameters taken from a trained module, state, input checks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from eagerq import kernels
+from eagerq.errors import InvalidConfigError, InvalidInputError
+from eagerq.fake_quantize import FakeQuantizeBase
+from eagerq.functional import training_integers
+from eagerq.observer import ObserverBase
+from eagerq.qtensor import QTensor
+from eagerq.scheme import integer_type, sharing
+
+__all__ = ["Output", "QuantizedModule", "WeightedQuantizedModule", "expect_quantized", "quantize_weight"]
+
+_Self = TypeVar("_Self", bound="WeightedQuantizedModule")
+
+
+class Output(NamedTuple):
+    """How a module's result is quantized: parameters, dtype, and the integers in use."""
+
+    scale: float = 1.0
+    zero_point: int = 0
+    dtype: torch.dtype = torch.uint8
+    low: int = 0
+    high: int = 255
+
+    @staticmethod
+    def of(module: nn.Module, as_trained: bool) -> Output:
+        """The output of a prepared module, as its ``activation_post_process`` learned it.
+
+        Raises:
+            InvalidConfigError: when the module has no observer, or one without parameters.
+        """
+        observer = getattr(module, "activation_post_process", None)
+        if not isinstance(observer, (ObserverBase, FakeQuantizeBase)):
+            raise InvalidConfigError(
+                "no observer is attached to its output (activation_post_process)",
+                module=module,
+                remedy="call prepare or prepare_qat first, with a qconfig that reaches this module",
+            )
+        try:
+            scale, zero_point = _qparams(observer, as_trained)
+        except NotImplementedError as error:
+            raise InvalidConfigError(
+                f"its activation observer {type(observer).__name__} has no scale and zero point to tell",
+                module=module,
+                remedy="give it a qconfig whose activation observes a range",
+            ) from error
+        kind = integer_type(observer.dtype)
+        low, high = kind.minimum, kind.maximum
+        if as_trained:
+            low, high = observer.quant_min, observer.quant_max
+        return Output(float(scale), int(zero_point), kind.storage, low, high)
+
+
+def _qparams(observer: Any, as_trained: bool) -> tuple[Tensor, Tensor]:
+    if as_trained and hasattr(observer, "scale"):
+        return observer.scale, observer.zero_point
+    qparams: tuple[Tensor, Tensor] = getattr(observer, "qparams", observer.calculate_qparams)()
+    return qparams
+
+
+def _has_seen_data(observer: Any) -> bool:
+    inner = getattr(observer, "activation_post_process", observer)
+    return bool(getattr(inner, "observed", True))
+
+
+@torch.no_grad()
+def quantize_weight(module: nn.Module, weight: Tensor, observer: Any, as_trained: bool, refresh: bool) -> QTensor:
+    """A float weight in the integers that its observer or fake quantizer stands for.
+
+    Args:
+        module: the module concerned, for messages.
+        observer: ``weight_fake_quant`` or a new weight observer; left as it is.
+        as_trained: keep the scale used while training, rather than compute the observer's own.
+        refresh: show the weight to the observer first.
+
+    Raises:
+        InvalidConfigError: for a weight observer whose dtype is not signed.
+    """
+    observer = copy.deepcopy(observer)
+    if not (as_trained and isinstance(observer, FakeQuantizeBase) and _has_seen_data(observer)) and refresh:
+        observer(weight)
+    kind, shared = integer_type(observer.dtype), sharing(observer.qscheme)
+    if not kind.signed and not shared.float_zero_point:
+        raise InvalidConfigError(
+            f"Weight observer must have dtype torch.int8, got {observer.dtype}",
+            module=module,
+            remedy="use a weight observer with dtype=torch.int8",
+        )
+    scale, zero_point = _qparams(observer, as_trained)
+    inner = getattr(observer, "activation_post_process", observer)
+    axis = observer.ch_axis if shared.per_channel else None
+    low, high = inner.quant_min, inner.quant_max
+    weight = weight.float()
+    if as_trained:
+        integers = training_integers(weight, scale, zero_point, low, high, axis).to(kind.storage)
+    elif axis is None:
+        integers = kernels.quantize(weight, float(scale), int(zero_point), kind.storage, low, high)
+    else:
+        integers = kernels.quantize_per_channel(weight, scale, zero_point, axis, kind.storage, low, high)
+    return QTensor(integers, scale.float(), zero_point.to(integers.device), 0 if axis is None else axis)
+
+
+def expect_quantized(module: nn.Module, x: Any) -> QTensor:
+    """``x``, if it is a QTensor.
+
+    Raises:
+        InvalidInputError: naming the module, for anything else.
+    """
+    if isinstance(x, QTensor):
+        return x
+    got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    raise InvalidInputError(
+        f"expected a quantized tensor (QTensor), got {got}",
+        module=module,
+        remedy="put a QuantStub before it, or wrap the model in QuantWrapper, then prepare and convert again",
+    )
+
+
+class QuantizedModule(nn.Module):
+    """Base of the int8 modules: holds the output's parameters as Python numbers, saves them as tensors.
+
+    The state has ``scale`` (float32) and ``zero_point`` (of the output's integer dtype), both 0-d, and
+    ``quant_range`` (int32 ``[low, high]``) when fewer integers are used than the dtype has.
+    """
+
+    _optional_state: ClassVar[tuple[str, ...]] = ("quant_range",)
+
+    def __init__(self, output: Output | None = None) -> None:
+        super().__init__()
+        self.output = output or Output()
+
+    @property
+    def scale(self) -> float:
+        """Scale of the output."""
+        return self.output.scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self.output = self.output._replace(scale=float(value))
+
+    @property
+    def zero_point(self) -> int:
+        """Zero point of the output."""
+        return self.output.zero_point
+
+    @zero_point.setter
+    def zero_point(self, value: int) -> None:
+        self.output = self.output._replace(zero_point=int(value))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the state_dict holds, by name."""
+        output = self.output
+        kind = integer_type(output.dtype)
+        state = {
+            "scale": torch.tensor(output.scale, dtype=torch.float32),
+            "zero_point": torch.tensor(output.zero_point, dtype=output.dtype),
+        }
+        if (output.low, output.high) != (kind.minimum, kind.maximum):
+            state["quant_range"] = torch.tensor([output.low, output.high], dtype=torch.int32)
+        return state
+
+    def _take_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Adopt values of :meth:`_tensors`; what is missing stays."""
+        kind = integer_type(self.output.dtype)
+        low, high = state.get("quant_range", torch.tensor([kind.minimum, kind.maximum])).tolist()
+        self.output = self.output._replace(
+            scale=float(state["scale"]) if "scale" in state else self.scale,
+            zero_point=int(state["zero_point"]) if "zero_point" in state else self.zero_point,
+            low=low,
+            high=high,
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in self._tensors().items():
+            destination[prefix + name] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        known = self._tensors()
+        found = {}
+        for name in (*known, *self._optional_state):
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor):
+                found[name] = value
+            elif strict and name not in self._optional_state:
+                missing_keys.append(prefix + name)
+            if name in known and name in found and found[name].numel() != known[name].numel():
+                error_msgs.append(
+                    f"size mismatch for {prefix + name}: {tuple(found[name].shape)} in the file, "
+                    f"{tuple(known[name].shape)} in the model"
+                )
+        if not error_msgs:
+            self._take_tensors(found)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, zero_point={self.zero_point}"
+
+
+class WeightedQuantizedModule(QuantizedModule):
+    """Base of int8 Linear and Conv: an integer weight, its scales, a float bias.
+
+    Besides what :class:`QuantizedModule` saves, the state has ``weight`` (int8), ``weight_scale``
+    (float32 ``[1]`` or ``[out]``), ``weight_zero_point`` (same shape) and ``bias`` (float32, if any).
+    """
+
+    post_op: ClassVar[str | None] = None
+    _FLOAT_MODULE: ClassVar[Any]
+
+    _weight: Tensor
+    _weight_scale: Tensor
+    _weight_zero_point: Tensor
+    _bias: Tensor | None
+
+    def _allocate(self, shape: tuple[int, ...], bias: bool, device: Any = None) -> None:
+        # the state's names are taken by the methods weight() and bias()
+        for name, value in (
+            ("_weight", torch.zeros(shape, dtype=torch.int8, device=device)),
+            ("_weight_scale", torch.ones(1, device=device)),
+            ("_weight_zero_point", torch.zeros(1, dtype=torch.int32, device=device)),
+            ("_bias", torch.zeros(shape[0], device=device) if bias else None),
+        ):
+            self.register_buffer(name, value, persistent=False)
+
+    def weight(self) -> QTensor:
+        """The integer weight with its parameters."""
+        if self._weight_scale.numel() == 1 != self._weight.shape[0]:
+            return QTensor(self._weight, float(self._weight_scale), int(self._weight_zero_point))
+        return QTensor(self._weight, self._weight_scale, self._weight_zero_point, 0)
+
+    def bias(self) -> Tensor | None:
+        """The float bias, ``[out]``."""
+        return self._bias
+
+    def _weight_bias(self) -> tuple[QTensor, Tensor | None]:
+        return self.weight(), self.bias()
+
+    def set_weight_bias(self, w: QTensor, b: Tensor | None) -> None:
+        """Adopt a quantized weight and a float bias (or None)."""
+        self._weight = w.integers
+        scale, zero_point = w.scale, w.zero_point
+        self._weight_scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1).to(w.integers.device)
+        self._weight_zero_point = torch.as_tensor(zero_point).to(w.integers.device, torch.int32).reshape(-1)
+        self._bias = None if b is None else b.detach().float()
+
+    @property
+    def _low(self) -> int:
+        """The least integer of the output: a fused ReLU cuts at the zero point."""
+        output = self.output
+        return max(output.low, output.zero_point) if self.post_op == "relu" else output.low
+
+    def _tensors(self) -> dict[str, Tensor]:
+        state = {
+            "weight": self._weight,
+            "weight_scale": self._weight_scale,
+            "weight_zero_point": self._weight_zero_point,
+        }
+        if self._bias is not None:
+            state["bias"] = self._bias
+        return {**state, **super()._tensors()}
+
+    def _take_tensors(self, state: Mapping[str, Tensor]) -> None:
+        super()._take_tensors(state)
+        for name in ("weight", "weight_scale", "weight_zero_point", "bias"):
+            if name in state:
+                mine = self._buffers[f"_{name}"]
+                assert mine is not None
+                # a new tensor, so that nothing packed from the old one is taken for it
+                self._buffers[f"_{name}"] = state[name].detach().to(mine.device, mine.dtype, copy=True)
+
+    @classmethod
+    def _arguments(cls, module: Any) -> dict[str, Any]:
+        """Constructor arguments that rebuild a float or QAT module's shape."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_float(
+        cls: type[_Self], mod: nn.Module, use_precomputed_fake_quant: bool = False, as_trained: bool = False
+    ) -> _Self:
+        """The int8 module that a prepared float or QAT module stands for; ``mod`` is left as it is.
+
+        Args:
+            mod: a QAT module, or an observed float one, with ``activation_post_process``.
+            use_precomputed_fake_quant: keep the weight range seen so far, without another look.
+            as_trained: keep the scales and ranges of training (see :func:`eagerq.convert`).
+
+        Raises:
+            InvalidConfigError: when ``mod`` is not prepared, or of another class.
+        """
+        output = Output.of(mod, as_trained)
+        trained = hasattr(mod, "weight_fake_quant")
+        source: Any = mod[0] if isinstance(mod, nn.Sequential) else mod
+        if trained:
+            observer = mod.weight_fake_quant
+        else:
+            cls._check_float(mod)
+            observer = mod.qconfig.weight().to(source.weight.device)  # type: ignore[union-attr, operator]
+        weight, bias = source.folded(as_trained) if trained else (source.weight, source.bias)
+        refresh = not (trained and use_precomputed_fake_quant)
+        new = cls(**cls._arguments(source))
+        qweight = quantize_weight(mod, weight.detach(), observer, as_trained, refresh)
+        new.set_weight_bias(qweight, bias)
+        new.output = output
+        return new
+
+    @classmethod
+    def _check_float(cls, mod: nn.Module) -> None:
+        accepted = cls._FLOAT_MODULE if isinstance(cls._FLOAT_MODULE, tuple) else (cls._FLOAT_MODULE,)
+        if not isinstance(mod, accepted):
+            names = ", ".join(one.__name__ for one in accepted)
+            raise InvalidConfigError(
+                f"nnq.{cls.__name__}.from_float only works for {names}, but got {type(mod).__name__}",
+                module=mod,
+            )
+        if getattr(mod, "qconfig", None) is None:
+            raise InvalidConfigError("Input float module must have qconfig defined", module=mod)

@@ -1,0 +1,161 @@
+"""int8 convolutions in one, two and three dimensions."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.utils import _ntuple
+
+from eagerq import kernels
+from eagerq.nn.quantized.base import WeightedQuantizedModule, expect_quantized
+from eagerq.qtensor import QTensor
+
+__all__ = ["Conv1d", "Conv2d", "Conv3d"]
+
+
+class _ConvNd(WeightedQuantizedModule):
+    """What the convolutions share, whatever their dimension."""
+
+    _dim: ClassVar[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        each = _ntuple(self._dim)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = each(kernel_size)
+        self.stride = each(stride)
+        self.dilation = each(dilation)
+        self.padding = padding if isinstance(padding, str) else each(padding)
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.transposed = False
+        self.output_padding = each(0)
+        self._allocate((out_channels, in_channels // groups, *self.kernel_size), bias, device)
+        self._split_padding()
+
+    def _split_padding(self) -> None:
+        """Part the padding into what the kernel does and what must be laid around the input before."""
+        if self.padding == "valid":
+            sides = [(0, 0)] * self._dim
+        elif self.padding == "same":  # torch puts the odd one on the far side
+            totals = [step * (taps - 1) for step, taps in zip(self.dilation, self.kernel_size, strict=True)]
+            sides = [(total // 2, total - total // 2) for total in totals]
+        else:
+            sides = [(pad, pad) for pad in self.padding]
+        even = all(near == far for near, far in sides)
+        self._around: list[int] | None = None
+        self._padding = [near for near, _ in sides]
+        if self.padding_mode != "zeros" or not even:
+            self._padding = [0] * self._dim
+            self._around = [pad for near, far in reversed(sides) for pad in (near, far)]
+        self._stride, self._dilation = list(self.stride), list(self.dilation)
+
+    @classmethod
+    def _arguments(cls, module: Any) -> dict[str, Any]:
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        arguments = {name: getattr(module, name) for name in (*names, "padding_mode")}
+        return {**arguments, "bias": module.bias is not None}
+
+    def forward(self, x: QTensor) -> QTensor:
+        x = expect_quantized(self, x)
+        integers = x.integers
+        if self._around is not None:
+            zeros = self.padding_mode == "zeros"
+            mode = "constant" if zeros else self.padding_mode
+            integers = F.pad(integers, self._around, mode, x.zero_point if zeros else None)
+        scale, zero_point, dtype, _, high = self.output
+        y = kernels.conv(
+            integers,
+            x.scale,
+            x.zero_point,
+            self._weight,
+            self._weight_scale,
+            self._weight_zero_point,
+            self._bias,
+            self._stride,
+            self._padding,
+            self._dilation,
+            self.groups,
+            scale,
+            zero_point,
+            dtype,
+            self._low,
+            high,
+        )
+        return QTensor(y, scale, zero_point)
+
+    def _get_name(self) -> str:
+        return f"Quantized{type(self).__name__}"
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}",
+            super().extra_repr(),
+        ]
+        plain = _ntuple(self._dim)
+        for name, default in (
+            ("padding", plain(0)),
+            ("dilation", plain(1)),
+            ("groups", 1),
+            ("padding_mode", "zeros"),
+        ):
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)}")
+        if self._bias is None:
+            parts.append("bias=False")
+        return ", ".join(parts)
+
+
+class Conv1d(_ConvNd):
+    """:class:`torch.nn.Conv1d` on integers: QTensor ``[N, in_channels, …]`` to QTensor ``[N, out_channels, …]``.
+
+    Arguments as there; every padding mode is taken, and padding with zeros means real zeros.
+
+    Raises:
+        InvalidInputError: in ``forward``, for a float tensor.
+    """
+
+    _dim = 1
+    _FLOAT_MODULE: ClassVar[Any] = nn.Conv1d
+
+
+class Conv2d(_ConvNd):
+    """:class:`torch.nn.Conv2d` on integers: QTensor ``[N, in_channels, …]`` to QTensor ``[N, out_channels, …]``.
+
+    Arguments as there; every padding mode is taken, and padding with zeros means real zeros.
+
+    Raises:
+        InvalidInputError: in ``forward``, for a float tensor.
+    """
+
+    _dim = 2
+    _FLOAT_MODULE: ClassVar[Any] = nn.Conv2d
+
+
+class Conv3d(_ConvNd):
+    """:class:`torch.nn.Conv3d` on integers: QTensor ``[N, in_channels, …]`` to QTensor ``[N, out_channels, …]``.
+
+    Arguments as there; every padding mode is taken, and padding with zeros means real zeros.
+
+    Raises:
+        InvalidInputError: in ``forward``, for a float tensor.
+    """
+
+    _dim = 3
+    _FLOAT_MODULE: ClassVar[Any] = nn.Conv3d

@@ -1,0 +1,79 @@
+"""int8 Linear."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from eagerq import kernels
+from eagerq.nn.quantized.base import WeightedQuantizedModule, expect_quantized
+from eagerq.qtensor import QTensor
+
+__all__ = ["Linear"]
+
+
+class Linear(WeightedQuantizedModule):
+    """``y = x Wᵀ + b`` on integers: QTensor ``[…, in_features]`` to QTensor ``[…, out_features]``.
+
+    Args:
+        in_features, out_features: as for :class:`torch.nn.Linear`.
+        bias_: whether there is a bias.
+        dtype: dtype of the weight; int8.
+
+    Raises:
+        InvalidInputError: in ``forward``, for a float tensor.
+
+    Example:
+        >>> import torch, eagerq
+        >>> x = eagerq.quantize_per_tensor(torch.randn(2, 20), 0.1, 128, torch.uint8)
+        >>> Linear(20, 30)(x).shape
+        torch.Size([2, 30])
+    """
+
+    _FLOAT_MODULE: ClassVar[Any] = nn.Linear
+
+    def __init__(
+        self, in_features: int, out_features: int, bias_: bool = True, dtype: torch.dtype = torch.int8
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self._allocate((out_features, in_features), bias_)
+
+    @classmethod
+    def _arguments(cls, module: Any) -> dict[str, Any]:
+        return {
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            "bias_": module.bias is not None,
+        }
+
+    def forward(self, x: QTensor) -> QTensor:
+        x = expect_quantized(self, x)
+        scale, zero_point, dtype, _, high = self.output
+        y = kernels.linear(
+            x.integers,
+            x.scale,
+            x.zero_point,
+            self._weight,
+            self._weight_scale,
+            self._weight_zero_point,
+            self._bias,
+            scale,
+            zero_point,
+            dtype,
+            self._low,
+            high,
+        )
+        return QTensor(y, scale, zero_point)
+
+    def _get_name(self) -> str:
+        return f"Quantized{type(self).__name__}"
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}, "
+            f"qscheme={self.weight().qscheme()}"
+        )

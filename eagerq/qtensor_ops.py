@@ -1,0 +1,313 @@
+"""What torch's functions do with QTensors: one handler each, in :data:`eagerq.qtensor.HANDLERS`.
+
+Movements and order-preserving functions run on the integers.  Averages round back to the tensor's own
+parameters: ``round(average + zero_point)``.  Whatever is not here raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eagerq.errors import InvalidInputError
+from eagerq.qtensor import HANDLERS, QTensor
+from eagerq.scheme import integer_type
+
+__all__: list[str] = []
+
+
+def _take(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[QTensor, tuple[Any, ...], dict[str, Any]]:
+    """The tensor that a call is about, and the rest of the arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = "input" if "input" in kwargs else "self"
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
+
+
+def _per_tensor(x: QTensor, func: Callable[..., Any]) -> None:
+    if x.axis is not None:
+        raise InvalidInputError(
+            f"'{getattr(func, '__name__', func)}' is not defined on per-channel QTensors",
+            remedy="call .dequantize() first",
+        )
+
+
+def _rewrap(x: QTensor, result: Any) -> Any:
+    """Give the integers in a result (a tensor, tuple, list or named tuple) ``x``'s parameters back."""
+    if isinstance(result, Tensor):
+        return x.like(result) if result.dtype is x.integers.dtype else result
+    if isinstance(result, tuple) and hasattr(result, "values"):  # torch.return_types
+        return type(result)([_rewrap(x, part) for part in result])
+    if isinstance(result, (tuple, list)):
+        return type(result)(_rewrap(x, part) for part in result)
+    return result
+
+
+def _handle(*funcs: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        for func in funcs:
+            HANDLERS[func] = handler
+        return handler
+
+    return register
+
+
+def _on_integers(func: Callable[..., Any], per_channel: bool = False) -> Callable[..., Any]:
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        x, args, kwargs = _take(args, kwargs)
+        if not per_channel:
+            _per_tensor(x, func)
+        return _rewrap(x, func(x.integers, *args, **kwargs))
+
+    return handler
+
+
+def _named(*names: str) -> list[Callable[..., Any]]:
+    """Each name as a function of torch and as a method of Tensor, where they exist."""
+    found = (getattr(owner, name, None) for owner in (torch, torch.Tensor) for name in names)
+    return [func for func in found if func is not None]
+
+
+# movements: the same integers elsewhere
+for _func in [
+    *_named(
+        *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel"),
+        *("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint"),
+        *("squeeze", "unsqueeze", "expand", "repeat", "tile", "broadcast_to"),
+        *("select", "narrow", "index_select", "gather", "take_along_dim", "__getitem__", "diagonal"),
+        *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unfold"),
+        *("flip", "fliplr", "flipud", "roll", "rot90", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+        # order
+        *("amax", "amin", "sort", "topk", "kthvalue", "argmax", "argmin", "argsort"),
+    ),
+    F.pixel_shuffle,
+    F.pixel_unshuffle,
+    F.max_pool2d,
+    F.max_pool3d,
+    F.max_pool2d_with_indices,
+    F.max_pool3d_with_indices,
+    F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d,
+    torch.max_pool2d,
+    torch.max_pool3d,
+    torch.Tensor.T.__get__,
+    torch.Tensor.mT.__get__,
+]:
+    HANDLERS[_func] = _on_integers(_func)
+
+# questions about the stored tensor, and copies of it
+for _func in [
+    *_named("clone", "detach", "contiguous", "is_floating_point", "is_complex", "numel", "is_inference"),
+    *_named("size", "dim", "nelement", "stride", "is_contiguous", "element_size", "storage_offset", "data_ptr"),
+    torch.Tensor.__len__,
+]:
+    HANDLERS[_func] = _on_integers(_func, per_channel=True)
+
+
+@_handle(torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.pin_memory)
+def _move(x: QTensor, *args: Any, **kwargs: Any) -> QTensor:
+    moved = x.integers.to(*args, **kwargs) if args or kwargs else x.integers.cpu()
+    if moved.dtype is not x.integers.dtype:
+        raise InvalidInputError(
+            f"a QTensor of {x.integers.dtype} cannot become {moved.dtype} by .to()",
+            remedy="call .dequantize() for real numbers, .int_repr() for the integers",
+        )
+    if x.axis is None:
+        return x.like(moved)
+    return QTensor(moved, x.scale.to(moved.device), x.zero_point.to(moved.device), x.axis)
+
+
+def _expand_as(x: QTensor, other: Tensor) -> QTensor:
+    return x.like(x.integers.expand(other.shape))
+
+
+HANDLERS[torch.Tensor.expand_as] = _expand_as
+
+
+# several tensors
+def _joined(func: Callable[..., Any]) -> Callable[..., Any]:
+    def handler(tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> QTensor:
+        first = tensors[0]
+        for other in tensors:
+            _same_parameters(first, other, func.__name__)
+        return first.like(func([q.integers for q in tensors], dim, **kwargs))
+
+    return handler
+
+
+for _func in _named("cat", "concat", "concatenate", "stack"):
+    HANDLERS[_func] = _joined(_func)
+
+
+def _same_parameters(a: Any, b: Any, name: str) -> None:
+    for x in (a, b):
+        if not isinstance(x, QTensor):
+            raise InvalidInputError(
+                f"'{name}' got a float tensor beside a quantized one",
+                remedy="quantize it too (QuantStub), or dequantize the other",
+            )
+        _per_tensor(x, lambda: name)
+    if (a.scale, a.zero_point, a.integers.dtype) != (b.scale, b.zero_point, b.integers.dtype):
+        raise InvalidInputError(
+            f"'{name}' got quantized tensors with different parameters: scale {a.scale} and zero point "
+            f"{a.zero_point} beside {b.scale} and {b.zero_point}",
+            remedy="use a FloatFunctional of the model instead (self.ff.cat(…)), which learns the result's range",
+        )
+
+
+# clamping, at the thresholds' own integers
+def _integer(x: QTensor, value: float | None) -> int | None:
+    if value is None:
+        return None
+    kind = integer_type(x.integers.dtype)
+    return max(kind.minimum, min(kind.maximum, round(float(value) / x.scale) + x.zero_point))
+
+
+def _clamped(x: QTensor, low: float | None, high: float | None, inplace: bool, func: Callable[..., Any]) -> QTensor:
+    _per_tensor(x, func)
+    least, most = _integer(x, low), _integer(x, high)
+    if inplace:
+        x.integers.clamp_(least, most)
+        return x
+    return x.like(x.integers.clamp(least, most))
+
+
+@_handle(F.relu, torch.relu, torch.Tensor.relu)
+def _relu(x: QTensor, inplace: bool = False) -> QTensor:
+    return _clamped(x, 0.0, None, inplace, F.relu)
+
+
+@_handle(torch.relu_, torch.Tensor.relu_)
+def _relu_(x: QTensor) -> QTensor:
+    return _clamped(x, 0.0, None, True, F.relu)
+
+
+@_handle(F.relu6)
+def _relu6(x: QTensor, inplace: bool = False) -> QTensor:
+    return _clamped(x, 0.0, 6.0, inplace, F.relu6)
+
+
+@_handle(F.hardtanh)
+def _hardtanh(x: QTensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> QTensor:
+    return _clamped(x, min_val, max_val, inplace, F.hardtanh)
+
+
+@_handle(*_named("clamp", "clip"))
+def _clamp(x: QTensor, min: float | None = None, max: float | None = None) -> QTensor:
+    return _clamped(x, min, max, False, torch.clamp)
+
+
+@_handle(*_named("clamp_", "clip_"))
+def _clamp_(x: QTensor, min: float | None = None, max: float | None = None) -> QTensor:
+    return _clamped(x, min, max, True, torch.clamp)
+
+
+@_handle(*_named("clamp_min"))
+def _clamp_min(x: QTensor, min: float) -> QTensor:
+    return _clamped(x, min, None, False, torch.clamp_min)
+
+
+@_handle(*_named("clamp_max"))
+def _clamp_max(x: QTensor, max: float) -> QTensor:
+    return _clamped(x, None, max, False, torch.clamp_max)
+
+
+# order
+def _extremes(func: Callable[..., Any], pairwise: Callable[..., Any]) -> Callable[..., Any]:
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        x, args, kwargs = _take(args, kwargs)
+        other = args[0] if args else kwargs.get("other")
+        if isinstance(other, Tensor) or (isinstance(x, Tensor) and not isinstance(x, QTensor)):
+            _same_parameters(x, other, func.__name__)
+            assert isinstance(other, QTensor)
+            return x.like(pairwise(x.integers, other.integers))
+        _per_tensor(x, func)
+        return _rewrap(x, func(x.integers, *args, **kwargs))
+
+    return handler
+
+
+for _name, _pairwise in (("max", torch.maximum), ("min", torch.minimum)):
+    for _func in _named(_name, f"{_name}imum"):
+        HANDLERS[_func] = _extremes(_func, _pairwise)
+
+
+def _real(value: Any) -> Any:
+    return value.dequantize() if isinstance(value, QTensor) else value
+
+
+def _on_reals(func: Callable[..., Any]) -> Callable[..., Any]:
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        return func(*map(_real, args), **{name: _real(value) for name, value in kwargs.items()})
+
+    return handler
+
+
+for _func in _named(
+    *("eq", "ne", "lt", "le", "gt", "ge", "isclose", "allclose", "isnan", "isinf", "isfinite"),
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "item", "tolist"),
+):
+    HANDLERS[_func] = _on_reals(_func)
+
+
+@_handle(*_named("equal"))
+def _equal(x: Any, other: Any) -> bool:
+    both = isinstance(x, QTensor) and isinstance(other, QTensor)
+    if not both or x.axis is not None or other.axis is not None:
+        return torch.equal(_real(x), _real(other))
+    parameters = (x.scale, x.zero_point, x.integers.dtype) == (
+        other.scale,
+        other.zero_point,
+        other.integers.dtype,
+    )
+    return parameters and torch.equal(x.integers, other.integers)
+
+
+# averages
+def _rounded(func: Callable[..., Any]) -> Callable[..., Any]:
+    def handler(*args: Any, **kwargs: Any) -> QTensor:
+        x, args, kwargs = _take(args, kwargs)
+        _per_tensor(x, func)
+        kind = integer_type(x.integers.dtype)
+        average = func(x.integers.to(torch.float32).sub_(x.zero_point), *args, **kwargs)
+        steps = average.add(x.zero_point).round_().clamp_(kind.minimum, kind.maximum)
+        return x.like(steps.to(x.integers.dtype))
+
+    return handler
+
+
+for _func in [
+    *_named("mean"),
+    F.avg_pool1d,
+    F.avg_pool2d,
+    F.avg_pool3d,
+    F.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d,
+    F.interpolate,
+    F.upsample,
+    # integers survive a round trip through float exactly, and these have no integer kernel
+    F.max_pool1d,
+    F.adaptive_max_pool1d,
+    torch.max_pool1d,
+]:
+    HANDLERS[_func] = _rounded(_func)
+
+
+@_handle(F.pad)
+def _pad(x: QTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> QTensor:
+    _per_tensor(x, F.pad)
+    if mode != "constant":
+        return x.like(F.pad(x.integers, list(pad), mode))
+    return x.like(F.pad(x.integers, list(pad), mode, _integer(x, value or 0.0)))
+
+
+@_handle(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+def _dropout(x: QTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> QTensor:
+    if training:
+        raise InvalidInputError("dropout of a quantized tensor while training", remedy="call model.eval()")
+    return x

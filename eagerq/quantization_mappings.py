@@ -1,0 +1,154 @@
+"""The one table of what becomes what: float sequence → fused → QAT → int8; every map derives from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from eagerq import intrinsic
+from eagerq.errors import InvalidConfigError
+from eagerq.intrinsic import qat as intrinsic_qat
+from eagerq.intrinsic import quantized as intrinsic_quantized
+from eagerq.nn import qat, quantized
+from eagerq.stubs import DeQuantStub, QuantStub
+
+__all__ = [
+    "DEFAULT_QAT_MODULE_MAPPINGS",
+    "DEFAULT_STATIC_QUANT_MODULE_MAPPINGS",
+    "ROWS",
+    "Row",
+    "get_default_qat_module_mappings",
+    "get_default_qconfig_propagation_list",
+    "get_default_static_quant_module_mappings",
+    "get_embedding_qat_module_mappings",
+    "get_embedding_static_quant_module_mappings",
+    "get_static_quant_module_class",
+]
+
+ModuleMap = dict[Callable[..., Any], Any]
+
+
+class Row(NamedTuple):
+    """One kind of layer in its forms; None where a form does not exist.
+
+    Attributes:
+        sequence: the float modules, in the order they run.
+        fused: the float module that holds them, when there are several.
+        qat: the module to train with.
+        quantized: the int8 module.
+        by_default: whether the default maps have it (embeddings are asked for by their own maps).
+    """
+
+    sequence: tuple[type[nn.Module], ...]
+    fused: type[nn.Module] | None
+    qat: type[nn.Module] | None
+    quantized: type[nn.Module]
+    by_default: bool = True
+
+    @property
+    def float_module(self) -> type[nn.Module]:
+        """The float module to swap: the fused one, or the only one."""
+        return self.fused or self.sequence[0]
+
+
+def _convolutions(dim: int) -> list[Row]:
+    def named(owner: Any, prefix: str) -> Any:
+        return getattr(owner, f"{prefix}{dim}d")
+
+    conv, bn = named(nn, "Conv"), named(nn, "BatchNorm")
+    plain, with_relu = named(quantized, "Conv"), named(intrinsic_quantized, "ConvReLU")
+    return [
+        Row((conv,), None, named(qat, "Conv"), plain),
+        Row((conv, nn.ReLU), named(intrinsic, "ConvReLU"), named(intrinsic_qat, "ConvReLU"), with_relu),
+        Row((conv, bn), named(intrinsic, "ConvBn"), named(intrinsic_qat, "ConvBn"), plain),
+        Row((conv, bn, nn.ReLU), named(intrinsic, "ConvBnReLU"), named(intrinsic_qat, "ConvBnReLU"), with_relu),
+    ]
+
+
+_Linear = quantized.Linear
+ROWS: tuple[Row, ...] = (
+    Row((QuantStub,), None, None, quantized.Quantize),
+    Row((DeQuantStub,), None, None, quantized.DeQuantize),
+    Row((quantized.FloatFunctional,), None, None, quantized.QFunctional),
+    *(row for dim in (1, 2, 3) for row in _convolutions(dim)),
+    Row((nn.Linear,), None, qat.Linear, _Linear),
+    Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), None, qat.Linear, _Linear),
+    Row((nn.Linear, nn.ReLU), intrinsic.LinearReLU, intrinsic_qat.LinearReLU, intrinsic_quantized.LinearReLU),
+    Row((nn.Linear, nn.BatchNorm1d), intrinsic.LinearBn1d, intrinsic_qat.LinearBn1d, _Linear),
+)
+
+
+def _qat_map(rows: tuple[Row, ...]) -> ModuleMap:
+    return {row.float_module: row.qat for row in rows if row.qat}
+
+
+def _static_map(rows: tuple[Row, ...]) -> ModuleMap:
+    from_float: ModuleMap = {row.float_module: row.quantized for row in rows}
+    return from_float | {row.qat: row.quantized for row in rows if row.qat}
+
+
+_DEFAULT_ROWS = tuple(row for row in ROWS if row.by_default)
+DEFAULT_QAT_MODULE_MAPPINGS = _qat_map(_DEFAULT_ROWS)
+DEFAULT_STATIC_QUANT_MODULE_MAPPINGS = _static_map(_DEFAULT_ROWS)
+
+# Layers whose outputs are observed although they have no int8 form here: checkpoints have the observers.
+_OBSERVED_ONLY: tuple[type[nn.Module], ...] = (
+    *(nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.ELU, nn.Hardswish, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Dropout),
+    *(nn.Embedding, nn.EmbeddingBag),
+    *(nn.GRUCell, nn.LSTMCell, nn.RNNCell, nn.LSTM, nn.GRU),
+    *(intrinsic.BNReLU2d, intrinsic.BNReLU3d),
+)
+
+
+def get_default_qat_module_mappings() -> ModuleMap:
+    """Float module class to QAT module class, as ``prepare_qat`` uses it; a copy to change at will."""
+    return dict(DEFAULT_QAT_MODULE_MAPPINGS)
+
+
+def get_default_static_quant_module_mappings() -> ModuleMap:
+    """Float or QAT module class to int8 module class, as ``convert`` uses it; a copy."""
+    return dict(DEFAULT_STATIC_QUANT_MODULE_MAPPINGS)
+
+
+def get_embedding_qat_module_mappings() -> ModuleMap:
+    """The default QAT map, with embeddings."""
+    return _qat_map(ROWS)
+
+
+def get_embedding_static_quant_module_mappings() -> ModuleMap:
+    """The default int8 map, with embeddings."""
+    return _static_map(ROWS)
+
+
+def get_static_quant_module_class(
+    float_module_class: Callable[..., Any],
+    additional_static_quant_mapping: ModuleMap | None = None,
+    is_reference: bool = False,
+) -> Any:
+    """The int8 class of a float module class.
+
+    Raises:
+        InvalidConfigError: when there is none.
+    """
+    found = {**DEFAULT_STATIC_QUANT_MODULE_MAPPINGS, **(additional_static_quant_mapping or {})}.get(float_module_class)
+    if found is None:
+        raise InvalidConfigError(
+            f"Floating point module class {float_module_class} does not have a corresponding quantized module class",
+            remedy="pass it in additional_static_quant_mapping",
+        )
+    return found
+
+
+def get_default_qconfig_propagation_list() -> set[Callable[..., Any]]:
+    """The classes whose instances get an observer on their output when they are leaves."""
+    return {
+        *DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
+        *DEFAULT_QAT_MODULE_MAPPINGS,
+        *_OBSERVED_ONLY,
+        nn.Sequential,
+    }

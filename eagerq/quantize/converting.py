@@ -1,0 +1,215 @@
+"""Prepared models turned into int8 ones."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from eagerq.errors import InvalidConfigError, UnsupportedError, stamp_names
+from eagerq.nn.quantized import QuantizedModule
+from eagerq.quantization_mappings import ModuleMap, get_default_static_quant_module_mappings
+from eagerq.quantize.preparing import prepare, prepare_qat
+from eagerq.quantize.state import install_state_check
+from eagerq.quantize.swapping import OBSERVER, ObserverHook, Observing, swap_children, swap_module
+from eagerq.quantize.tree import unchanged_on_error
+
+__all__ = ["convert", "quantize", "quantize_qat"]
+
+
+class UnobservedWarning:
+    """Forward pre-hook of a converted model's root: warns once of layers that have seen no data."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.names and not torch.compiler.is_compiling():
+            names, self.names = self.names, []
+            warnings.warn(
+                f"{len(names)} layers were converted before they had seen any data, so they quantize with "
+                f"scale 1: {', '.join(map(repr, names))}. Run the prepared model on data before convert, or load "
+                "a state_dict into the converted one.",
+                stacklevel=4,
+            )
+
+    def loaded(self, module: nn.Module, incompatible_keys: Any) -> None:
+        """A state_dict has been loaded: the parameters are known now."""
+        self.names = []
+
+
+def _observers(root: nn.Module) -> Iterable[tuple[str, Any]]:
+    for name, module in root.named_modules():
+        observer = getattr(module, OBSERVER, None)
+        if isinstance(observer, Observing) and not isinstance(module, Observing):
+            yield name, getattr(observer, OBSERVER, observer)
+
+
+def _report_nonfinite(root: nn.Module) -> None:
+    counts = {
+        name: int(observer.nonfinite_batches)
+        for name, observer in _observers(root)
+        if hasattr(observer, "nonfinite_batches")
+    }
+    skipped = [f"{name!r} ({count})" for name, count in counts.items() if count]
+    if skipped:
+        warnings.warn(
+            f"batches with NaN or infinity reached the observers of {', '.join(skipped)}; they were left out of "
+            "the ranges. Look for a diverging loss or bad input data.",
+            stacklevel=3,
+        )
+
+
+def _clean(root: nn.Module) -> None:
+    """Take away qconfigs, observers and their hooks."""
+    for module in root.modules():
+        module.__dict__.pop("qconfig", None)
+        if isinstance(module._modules.get(OBSERVER), Observing):
+            del module._modules[OBSERVER]
+        for number, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, ObserverHook):
+                del module._forward_hooks[number]
+
+
+def convert(
+    module: nn.Module,
+    mapping: ModuleMap | None = None,
+    inplace: bool = False,
+    remove_qconfig: bool = True,
+    is_reference: bool = False,
+    convert_custom_config_dict: dict[str, Any] | None = None,
+    use_precomputed_fake_quant: bool = False,
+    *,
+    as_trained: bool = False,
+    strict: bool = False,
+) -> nn.Module:
+    """Turn a prepared model into int8 modules.
+
+    Args:
+        module: the prepared model, trained or calibrated.
+        mapping: class to int8 class, instead of
+            :func:`~eagerq.quantization_mappings.get_default_static_quant_module_mappings`.
+        inplace: change ``module`` itself rather than a copy.
+        remove_qconfig: take away qconfigs, observers and their hooks.
+        is_reference: not supported; see ``eagerq.pt2e`` for graphs.
+        convert_custom_config_dict: ``{"observed_to_quantized_custom_module_class": {Observed: Quantized}}``.
+        use_precomputed_fake_quant: keep the weight ranges seen so far, without another look.
+        as_trained: keep the scales and integer ranges that the model was trained with, so that int8
+            is what was trained.  By default parameters are computed anew and ranges are the dtype's,
+            as ``torch.ao.quantization`` does.
+        strict: refuse layers that have seen no data, instead of a warning at the first forward.
+
+    Returns:
+        The int8 model.  It takes and gives what the float one did.
+
+    Raises:
+        InvalidConfigError: for a model that is not prepared, or is converted already; with
+            ``strict``, for layers without data.  The model is then as it was.
+
+    Example:
+        >>> import eagerq
+        >>> net = eagerq.QuantWrapper(nn.Linear(2, 2)).train()
+        >>> net.qconfig = eagerq.get_default_qat_qconfig("onednn")
+        >>> net = prepare_qat(net)
+        >>> _ = net(torch.randn(8, 2))
+        >>> convert(net.eval(), as_trained=True)(torch.randn(1, 2)).shape
+        torch.Size([1, 2])
+    """
+    if is_reference:
+        raise UnsupportedError("convert(is_reference=True) makes modules of FX graph mode, which eagerq leaves out")
+    custom = (convert_custom_config_dict or {}).get("observed_to_quantized_custom_module_class", {})
+    if mapping is None and not custom:
+        _check_prepared(module)
+    unobserved = [name for name, observer in _observers(module) if not observer.observed]
+    if strict and unobserved:
+        raise InvalidConfigError(
+            f"these layers have seen no data: {', '.join(map(repr, unobserved))}",
+            module=module,
+            remedy="run the prepared model on data before convert",
+        )
+    _report_nonfinite(module)
+    chosen = get_default_static_quant_module_mappings() if mapping is None else mapping
+    if not inplace:
+        module = copy.deepcopy(module)
+    stamp_names(module)
+    with unchanged_on_error(module):
+        swap_children(
+            module,
+            lambda one: swap_module(one, chosen, custom, use_precomputed_fake_quant, as_trained),
+            custom,
+        )
+    if remove_qconfig:
+        _clean(module)
+    stamp_names(module)
+    install_state_check(module)
+    if unobserved and any(isinstance(one, QuantizedModule) for one in module.modules()):
+        hook = UnobservedWarning(unobserved)
+        module.register_forward_pre_hook(hook)
+        module.register_load_state_dict_post_hook(hook.loaded)
+    return module
+
+
+def _check_prepared(model: nn.Module) -> None:
+    if any(isinstance(module, Observing) for module in model.modules()):
+        return
+    if any(isinstance(module, QuantizedModule) for module in model.modules()):
+        raise InvalidConfigError(
+            "convert got a model that is converted already",
+            module=model,
+            remedy="convert the prepared model once",
+        )
+    raise InvalidConfigError(
+        "convert got a model that is not prepared: it has no observers",
+        module=model,
+        remedy="call prepare_qat (or prepare) and run the model on data first",
+    )
+
+
+def quantize(
+    model: nn.Module,
+    run_fn: Callable[..., Any],
+    run_args: Sequence[Any],
+    mapping: ModuleMap | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Post-training quantization in one go: :func:`prepare`, ``run_fn(model, *run_args)``, :func:`convert`.
+
+    Args:
+        model: float model with a qconfig.
+        run_fn: runs the prepared model on data.
+        mapping: see :func:`convert`.
+        inplace: change ``model`` itself rather than a copy.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    model.eval()
+    prepare(model, inplace=True)
+    run_fn(model, *run_args)
+    return convert(model, mapping, inplace=True)
+
+
+def quantize_qat(
+    model: nn.Module,
+    run_fn: Callable[..., Any],
+    run_args: Sequence[Any],
+    mapping: ModuleMap | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """QAT in one go: :func:`prepare_qat`, ``run_fn(model, *run_args)`` (which trains), :func:`convert`.
+
+    Args:
+        model: float model with a qconfig.
+        run_fn: trains the prepared model.
+        mapping: float class to QAT class; see :func:`prepare_qat`.
+        inplace: change ``model`` itself rather than a copy.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    model.train()
+    prepare_qat(model, mapping, inplace=True)
+    run_fn(model, *run_args)
+    return convert(model, inplace=True)

@@ -1,0 +1,13 @@
+"""Help with the training between ``prepare_qat`` and ``convert``; each part stands on its own."""
+
+from eagerq.training.calibration import Calibration, calibrate
+from eagerq.training.loop import History, fine_tune
+from eagerq.training.schedule import QATSchedule
+
+__all__ = [
+    "Calibration",
+    "History",
+    "QATSchedule",
+    "calibrate",
+    "fine_tune",
+]
