@@ -136,6 +136,7 @@ from eagerq.stubs import (
     QuantStub,
     QuantWrapper,
 )
+from eagerq.training import QATSchedule, calibrate, fine_tune
 
 __all__ = [
     # errors
@@ -263,4 +264,8 @@ __all__ = [
     "DeQuantStub",
     "QuantStub",
     "QuantWrapper",
+    # training help
+    "QATSchedule",
+    "calibrate",
+    "fine_tune",
 ]

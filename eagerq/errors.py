@@ -93,15 +93,16 @@ def describe(module: nn.Module) -> str:
 
 
 def calling_module() -> nn.Module | None:
-    """The innermost module whose ``forward`` is running, stamped with its name in the outermost one.
+    """The innermost module with a method running, stamped with its name in the outermost one.
 
     Looks up the stack, so it is for error paths only: foreign modules carry no name otherwise.
     """
     running = []
     frame = sys._getframe(1)
     while frame is not None:
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and frame.f_code.co_name == "forward":
+        first = next(iter(frame.f_code.co_varnames), "")
+        module = frame.f_locals.get(first)
+        if isinstance(module, nn.Module) and (first == "self" or frame.f_code.co_name == "forward"):
             running.append(module)
         frame = frame.f_back  # type: ignore[assignment]
     if not running:

@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from eagerq.errors import InvalidArgumentError, InvalidConfigError, nearest
+from eagerq.errors import InvalidArgumentError, InvalidConfigError, UnsupportedError, nearest
 from eagerq.fuser_method_mappings import (
     FuserMethod,
     fuse_conv_bn,
     fuse_conv_bn_relu,
     get_fuser_method,
 )
+from eagerq.quantize.swapping import check_unprepared
 from eagerq.quantize.tree import copy_hooks, unchanged_on_error
 
 __all__ = [
@@ -52,8 +53,12 @@ def fuse_known_modules(
     first, last = mod_list[0], mod_list[-1]
     copy_hooks(first, fused, post=False)
     copy_hooks(last, fused, pre=False)
-    first._forward_pre_hooks.clear()
-    last._forward_hooks.clear()
+    before, after = list(first._forward_pre_hooks), list(last._forward_hooks)
+    for part in set(fused.modules()) - {fused}:  # the layers themselves, or copies of them
+        for number in before:
+            part._forward_pre_hooks.pop(number, None)
+        for number in after:
+            part._forward_hooks.pop(number, None)
     return [fused, *(nn.Identity().train(first.training) for _ in mod_list[1:])]
 
 
@@ -71,10 +76,11 @@ def _check_adjacent(model: nn.Module, names: Sequence[str], modules: dict[str, n
     """Inside a Sequential the order of running is known: nothing else may lie between."""
     parents = {name.rpartition(".")[0] for name in names}
     parent = modules[parents.pop()] if len(parents) == 1 else None
-    if type(parent) is not nn.Sequential:
+    if not isinstance(parent, nn.Sequential) or type(parent).forward is not nn.Sequential.forward:
         return
-    order = [name for name, child in parent.named_children() if not isinstance(child, nn.Identity)]
-    places = [order.index(name.rpartition(".")[2]) for name in names]
+    wanted = [name.rpartition(".")[2] for name in names]
+    order = [name for name, child in parent._modules.items() if name in wanted or not isinstance(child, nn.Identity)]
+    places = [order.index(name) for name in wanted]
     if places != list(range(places[0], places[0] + len(places))):
         raise InvalidArgumentError(
             f"{', '.join(map(repr, names))} do not follow one another in their Sequential, whose order is "
@@ -92,10 +98,18 @@ def _fuse(
     fuser_func: FuserFunction,
     fuse_custom_config_dict: dict[str, Any] | None,
 ) -> nn.Module:
+    check_unprepared(model, "fuse_modules_qat" if is_qat else "fuse_modules")
     if not inplace:
         model = copy.deepcopy(model)
     methods = (fuse_custom_config_dict or {}).get("additional_fuser_method_mapping", {})
     groups = [modules_to_fuse] if all(isinstance(name, str) for name in modules_to_fuse) else modules_to_fuse
+    for group in groups:
+        if not isinstance(group, (list, tuple)) or not all(isinstance(name, str) for name in group):
+            raise InvalidArgumentError(
+                f"modules_to_fuse has {group!r} in it",
+                module=model,
+                remedy="pass a list of names, or a list of such lists",
+            )
     groups = [list(group) for group in groups if len(group)]
     modules = dict(model.named_modules(remove_duplicate=False))
     seen: set[str] = set()
@@ -110,8 +124,8 @@ def _fuse(
         for group in groups:
             try:
                 replacements = fuser_func([modules[name] for name in group], is_qat, methods)
-            except InvalidConfigError as error:
-                raise InvalidConfigError(f"cannot fuse {', '.join(map(repr, group))}: {error}") from error
+            except (InvalidConfigError, UnsupportedError) as error:
+                raise type(error)(f"cannot fuse {', '.join(map(repr, group))}: {error}") from error
             for name, replacement in zip(group, replacements, strict=True):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, replacement)
@@ -143,7 +157,8 @@ def fuse_modules(
     Raises:
         InvalidArgumentError: for a name that does not exist (the nearest are shown), stands twice, or
             does not follow its neighbour in a Sequential.
-        InvalidConfigError: for modules that cannot be fused.  The model is then as it was.
+        InvalidConfigError: for modules that cannot be fused, or a model that is prepared or converted.
+            The model is then as it was.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from eagerq import intrinsic
-from eagerq.errors import InvalidConfigError
+from eagerq.errors import InvalidConfigError, UnsupportedError
 from eagerq.quantization_mappings import ROWS
 
 __all__ = [
@@ -34,25 +34,29 @@ def _check(is_qat: bool, layer: nn.Module, bn: nn.Module, *rest: nn.Module) -> N
             f"{names} must be in the same mode (train or eval) to be fused, but are in {modes}",
             remedy="call model.train() or model.eval() before fusing",
         )
-    if not is_qat:
-        if bn.training:
-            raise InvalidConfigError(
-                f"{names} are in training mode, and folding the batch norm away would lose its training",
-                remedy="call model.eval() first, or use fuse_modules_qat to train fused",
-            )
-        return
+    if bn.training and not is_qat:
+        raise InvalidConfigError(
+            f"{names} are in training mode, and folding the batch norm away would lose its training",
+            remedy="call model.eval() first, or use fuse_modules_qat to train fused",
+        )
     width = getattr(layer, "out_features", getattr(layer, "out_channels", None))
     if bn.num_features != width:
         raise InvalidConfigError(
             f"{type(layer).__name__} has {width} outputs, but {type(bn).__name__} takes {bn.num_features}",
             remedy="fuse layers that follow one another",
         )
-    for flag in ("affine", "track_running_stats"):
+    for flag in ("track_running_stats", *(["affine"] if is_qat else [])):
         if not getattr(bn, flag):
             raise InvalidConfigError(
                 f"{type(bn).__name__} has {flag}=False, without which it cannot be folded into a weight",
                 remedy=f"make it with {flag}=True, or leave it unfused",
             )
+
+
+def _fold_conv(conv: nn.Module, bn: nn.Module, transpose: bool = False) -> nn.Module:
+    fold: Any = fuse_conv_bn_eval
+    folded: nn.Module = fold(conv, bn, transpose)
+    return folded
 
 
 def _fused_class(*modules: nn.Module) -> type[nn.Module]:
@@ -74,8 +78,7 @@ def fuse_conv_bn(is_qat: bool, conv: nn.Module, bn: nn.Module) -> nn.Module:
     _check(is_qat, conv, bn)
     if is_qat:
         return _fused_class(conv, bn)(conv, bn)
-    folded: nn.Module = fuse_conv_bn_eval(conv, bn)  # type: ignore[type-var]
-    return folded
+    return _fold_conv(conv, bn)
 
 
 def fuse_conv_bn_relu(is_qat: bool, conv: nn.Module, bn: nn.Module, relu: nn.Module) -> nn.Module:
@@ -83,7 +86,7 @@ def fuse_conv_bn_relu(is_qat: bool, conv: nn.Module, bn: nn.Module, relu: nn.Mod
     _check(is_qat, conv, bn, relu)
     if is_qat:
         return _fused_class(conv, bn, relu)(conv, bn, relu)
-    return _fused_class(conv, relu)(fuse_conv_bn_eval(conv, bn), relu)  # type: ignore[type-var]
+    return _fused_class(conv, relu)(_fold_conv(conv, bn), relu)
 
 
 def fuse_linear_bn(is_qat: bool, linear: nn.Module, bn: nn.Module) -> nn.Module:
@@ -91,17 +94,20 @@ def fuse_linear_bn(is_qat: bool, linear: nn.Module, bn: nn.Module) -> nn.Module:
     _check(is_qat, linear, bn)
     if is_qat:
         return intrinsic.LinearBn1d(linear, bn)
-    folded: nn.Module = fuse_linear_bn_eval(linear, bn)  # type: ignore[type-var]
+    fold: Any = fuse_linear_bn_eval
+    folded: nn.Module = fold(linear, bn)
     return folded
 
 
 def fuse_convtranspose_bn(is_qat: bool, convt: nn.Module, bn: nn.Module) -> nn.Module:
     """A transposed convolution with its batch norm folded in; for inference only."""
     if is_qat:
-        raise NotImplementedError("Fusing ConvTranspose and BatchNorm is not supported in QAT.")
+        raise UnsupportedError(
+            "Fusing ConvTranspose and BatchNorm is not supported in QAT",
+            remedy="leave them apart, or fuse them after training, with model.eval() and fuse_modules",
+        )
     _check(is_qat, convt, bn)
-    folded: nn.Module = fuse_conv_bn_eval(convt, bn, transpose=True)  # type: ignore[type-var]
-    return folded
+    return _fold_conv(convt, bn, transpose=True)
 
 
 def _as_they_are(fused: type[nn.Module]) -> FuserMethod:
@@ -141,7 +147,10 @@ def get_fuser_method(
     """
     method = {**_METHODS, **(additional_fuser_method_mapping or {})}.get(tuple(op_list))
     if method is None:
-        got = ", ".join(getattr(kind, "__name__", str(kind)) for kind in op_list)
+        got = ", ".join(
+            kind.__name__ if kind.__module__.startswith("torch.") else f"{kind.__module__}.{kind.__name__}"
+            for kind in op_list
+        )
         known = "; ".join(", ".join(kind.__name__ for kind in sequence) for sequence in _METHODS)
         raise InvalidConfigError(
             f"did not find fuser method for: {got}",

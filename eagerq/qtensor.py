@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -16,6 +17,9 @@ __all__ = ["HANDLERS", "QTensor", "quantize_per_channel", "quantize_per_tensor"]
 
 # what each torch function does with QTensors; filled by eagerq.qtensor_ops
 HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+# attributes (shape, device …), and what compilers ask of any tensor
+_ANSWERED_BY_TORCH = {"__get__", "__set__", "__dir__", "_is_view", "is_conj", "is_neg", "untyped_storage"}
 
 
 class QTensor(torch.Tensor):
@@ -44,13 +48,13 @@ class QTensor(torch.Tensor):
     scale: Any
     zero_point: Any
     axis: int | None
-    is_quantized = True  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
         cls, integers: Tensor, scale: float | Tensor, zero_point: int | Tensor, axis: int | None = None
     ) -> QTensor:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+        make: Any = torch.Tensor._make_wrapper_subclass
+        new: QTensor = make(
             cls,
             integers.shape,
             strides=integers.stride(),
@@ -58,6 +62,7 @@ class QTensor(torch.Tensor):
             device=integers.device,
             requires_grad=False,
         )
+        return new
 
     def __init__(
         self, integers: Tensor, scale: float | Tensor, zero_point: int | Tensor, axis: int | None = None
@@ -82,19 +87,28 @@ class QTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = dict(kwargs or {})
+        if not args:  # func(input=x)
+            args = tuple(kwargs.pop(name) for name in ("input", "self") if name in kwargs)
         handler = HANDLERS.get(func)
         if handler is not None:
-            return handler(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in ("__get__", "__set__"):  # shape, device, names …
+            return handler(*args, **kwargs)
+        if getattr(func, "__name__", "") in _ANSWERED_BY_TORCH:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
         return _refuse(func)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
         _refuse(func)
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def _is_quantized(self) -> bool:
+        # torch's makers of fake tensors refuse the quantized tensors of old, for which they would take it
+        return not sys._getframe(1).f_globals.get("__name__", "").startswith("torch._subclasses.")
+
+    is_quantized: Any = property(_is_quantized, doc="True.")
+
+    def dequantize(self) -> Tensor:
         """The real values, float32."""
         if self.axis is None:
             return kernels.dequantize(self.integers, self.scale, self.zero_point)
@@ -147,8 +161,8 @@ class QTensor(torch.Tensor):
         """Other integers under the same parameters."""
         return QTensor(integers, self.scale, self.zero_point, self.axis)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        values = repr(self.dequantize())[len("tensor(") : -1]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        values = repr(self.dequantize())[len("tensor(") : -1].replace("\n", "\n ")
         where = "" if self.axis is None else f", axis={self.axis}"
         return (
             f"QTensor({values}, dtype={self.integers.dtype}, scale={self.scale}, zero_point={self.zero_point}{where})"
@@ -176,14 +190,15 @@ torch.serialization.add_safe_globals([_rebuild])
 def _refuse(func: Any) -> NoReturn:
     name = getattr(func, "__name__", str(func))
     module = calling_module()
-    if name.strip("_").lstrip("ri") in ("add", "mul"):
-        remedy = (
-            "replace it by a FloatFunctional of the model (self.ff = FloatFunctional(), then "
-            "self.ff.add(x, y)), which learns the result's range"
-        )
-    elif module is not None and not next(module.children(), None) and type(module).__module__.startswith("torch."):
+    operation = name.strip("_").lstrip("ri")
+    if type(module).__module__.startswith(("torch.", "eagerq.")):
         remedy = (
             "put a DeQuantStub before this float module, or give it a qconfig before prepare so that convert swaps it"
+        )
+    elif operation in ("add", "mul", "matmul"):
+        remedy = (
+            "replace it by a FloatFunctional of the model (self.ff = FloatFunctional(), then "
+            f"self.ff.{operation}(x, y)), which learns the result's range"
         )
     else:
         remedy = "put a DeQuantStub before it, or call .dequantize(), so that it gets real numbers"

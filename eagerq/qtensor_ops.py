@@ -13,19 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eagerq.errors import InvalidInputError
+from eagerq.errors import InvalidInputError, calling_module
 from eagerq.qtensor import HANDLERS, QTensor
 from eagerq.scheme import integer_type
 
 __all__: list[str] = []
-
-
-def _take(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[QTensor, tuple[Any, ...], dict[str, Any]]:
-    """The tensor that a call is about, and the rest of the arguments."""
-    if args:
-        return args[0], args[1:], kwargs
-    name = "input" if "input" in kwargs else "self"
-    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
 def _per_tensor(x: QTensor, func: Callable[..., Any]) -> None:
@@ -57,11 +49,25 @@ def _handle(*funcs: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
 
 
 def _on_integers(func: Callable[..., Any], per_channel: bool = False) -> Callable[..., Any]:
-    def handler(*args: Any, **kwargs: Any) -> Any:
-        x, args, kwargs = _take(args, kwargs)
+    def handler(x: QTensor, *args: Any, **kwargs: Any) -> Any:
         if not per_channel:
             _per_tensor(x, func)
         return _rewrap(x, func(x.integers, *args, **kwargs))
+
+    return handler
+
+
+def _through_float(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Order does not care about the type, and float64 holds every integer."""
+
+    def handler(x: QTensor, *args: Any, **kwargs: Any) -> Any:
+        _per_tensor(x, func)
+        result = func(x.integers.double(), *args, **kwargs)
+        dtype = x.integers.dtype
+        if isinstance(result, Tensor):
+            return x.like(result.to(dtype))
+        values, indices = result
+        return x.like(values.to(dtype)), indices
 
     return handler
 
@@ -75,7 +81,7 @@ def _named(*names: str) -> list[Callable[..., Any]]:
 # movements: the same integers elsewhere
 for _func in [
     *_named(
-        *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel"),
+        *("reshape", "flatten", "unflatten", "ravel"),
         *("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint"),
         *("squeeze", "unsqueeze", "expand", "repeat", "tile", "broadcast_to"),
         *("select", "narrow", "index_select", "gather", "take_along_dim", "__getitem__", "diagonal"),
@@ -86,60 +92,110 @@ for _func in [
     ),
     F.pixel_shuffle,
     F.pixel_unshuffle,
-    F.max_pool2d,
-    F.max_pool3d,
-    F.max_pool2d_with_indices,
-    F.max_pool3d_with_indices,
-    F.adaptive_max_pool2d,
-    F.adaptive_max_pool3d,
-    torch.max_pool2d,
-    torch.max_pool3d,
-    torch.Tensor.T.__get__,
-    torch.Tensor.mT.__get__,
+    *(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H")),
+    *(getattr(torch.ops.aten, name) for name in ("numpy_T", "mT", "matrix_H")),  # so torch.compile calls them
 ]:
     HANDLERS[_func] = _on_integers(_func)
+
+
+def _pooled(func: Callable[..., Any]) -> Callable[..., Any]:
+    on_integers, through_float = _on_integers(func), _through_float(func)
+
+    def handler(x: QTensor, *args: Any, **kwargs: Any) -> Any:
+        return (on_integers if x.is_cpu else through_float)(x, *args, **kwargs)
+
+    return handler
+
+
+# the processor pools integers; other devices, and other kinds of maximum, take only floats
+_integer_pools: list[Any] = [
+    *_named("max_pool2d", "max_pool3d"),
+    *(F.max_pool2d, F.max_pool3d, F.max_pool2d_with_indices, F.max_pool3d_with_indices),
+]
+for _func in _integer_pools:
+    HANDLERS[_func] = _pooled(_func)
+for _func in [
+    *_named("max_pool1d", "max_pool1d_with_indices", "adaptive_max_pool1d"),
+    F.max_pool1d,
+    F.max_pool1d_with_indices,
+    *(getattr(F, f"adaptive_max_pool{dim}d{suffix}") for dim in (1, 2, 3) for suffix in ("", "_with_indices")),
+]:
+    HANDLERS[_func] = _through_float(_func)
 
 # questions about the stored tensor, and copies of it
 for _func in [
     *_named("clone", "detach", "contiguous", "is_floating_point", "is_complex", "numel", "is_inference"),
     *_named("size", "dim", "nelement", "stride", "is_contiguous", "element_size", "storage_offset", "data_ptr"),
+    *_named("get_device", "is_pinned"),
     torch.Tensor.__len__,
 ]:
     HANDLERS[_func] = _on_integers(_func, per_channel=True)
+HANDLERS[getattr(torch.Tensor, "data").__get__] = HANDLERS[torch.Tensor.detach]  # noqa: B009
 
 
-@_handle(torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.pin_memory)
-def _move(x: QTensor, *args: Any, **kwargs: Any) -> QTensor:
-    moved = x.integers.to(*args, **kwargs) if args or kwargs else x.integers.cpu()
+def _same_dtype(x: QTensor, moved: Tensor, func: Callable[..., Any]) -> None:
     if moved.dtype is not x.integers.dtype:
         raise InvalidInputError(
-            f"a QTensor of {x.integers.dtype} cannot become {moved.dtype} by .to()",
+            f"a QTensor of {x.integers.dtype} cannot become {moved.dtype} by .{func.__name__}()",
+            module=calling_module(),
             remedy="call .dequantize() for real numbers, .int_repr() for the integers",
         )
-    if x.axis is None:
-        return x.like(moved)
-    return QTensor(moved, x.scale.to(moved.device), x.zero_point.to(moved.device), x.axis)
 
 
-def _expand_as(x: QTensor, other: Tensor) -> QTensor:
-    return x.like(x.integers.expand(other.shape))
-
-
-HANDLERS[torch.Tensor.expand_as] = _expand_as
-
-
-# several tensors
-def _joined(func: Callable[..., Any]) -> Callable[..., Any]:
-    def handler(tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> QTensor:
-        first = tensors[0]
-        for other in tensors:
-            _same_parameters(first, other, func.__name__)
-        return first.like(func([q.integers for q in tensors], dim, **kwargs))
+def _moved(func: Callable[..., Any]) -> Callable[..., Any]:
+    def handler(x: QTensor, *args: Any, **kwargs: Any) -> QTensor:
+        other = (arg.integers if isinstance(arg, QTensor) else arg for arg in args)
+        moved = func(x.integers, *other, **kwargs)
+        _same_dtype(x, moved, func)
+        if x.axis is None:
+            return x.like(moved)
+        return QTensor(moved, x.scale.to(moved.device), x.zero_point.to(moved.device), x.axis)
 
     return handler
 
 
-for _func in _named("cat", "concat", "concatenate", "stack"):
+for _func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.pin_memory):
+    HANDLERS[_func] = _moved(_func)
+
+
+@_handle(torch.Tensor.view)
+def _view(x: QTensor, *shape: Any) -> QTensor:
+    _per_tensor(x, torch.Tensor.view)
+    if isinstance(shape[0], torch.dtype):
+        _same_dtype(x, x.integers.view(*shape), torch.Tensor.view)
+        return x
+    # int8 layers leave their channels last in memory, where a view that a float model takes may not exist
+    return x.like(x.integers.reshape(*shape))
+
+
+# of either tensor only the shape counts
+@_handle(torch.Tensor.view_as)
+def _view_as(x: Tensor, other: Tensor) -> Tensor:
+    return x.view(other.shape)
+
+
+@_handle(torch.Tensor.reshape_as)
+def _reshape_as(x: Tensor, other: Tensor) -> Tensor:
+    return x.reshape(other.shape)
+
+
+@_handle(torch.Tensor.expand_as)
+def _expand_as(x: Tensor, other: Tensor) -> Tensor:
+    return x.expand(other.shape)
+
+
+# several tensors
+def _joined(func: Callable[..., Any]) -> Callable[..., Any]:
+    def handler(tensors: Sequence[Any], *args: Any, **kwargs: Any) -> QTensor:
+        first = next(q for q in tensors if isinstance(q, QTensor))
+        for other in tensors:
+            _same_parameters(first, other, func.__name__)
+        return first.like(func([q.integers for q in tensors], *args, **kwargs))
+
+    return handler
+
+
+for _func in _named("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"):
     HANDLERS[_func] = _joined(_func)
 
 
@@ -164,7 +220,8 @@ def _integer(x: QTensor, value: float | None) -> int | None:
     if value is None:
         return None
     kind = integer_type(x.integers.dtype)
-    return max(kind.minimum, min(kind.maximum, round(float(value) / x.scale) + x.zero_point))
+    steps = max(-(2.0**33), min(2.0**33, float(value) / x.scale))  # thresholds may be infinite
+    return max(kind.minimum, min(kind.maximum, round(steps) + x.zero_point))
 
 
 def _clamped(x: QTensor, low: float | None, high: float | None, inplace: bool, func: Callable[..., Any]) -> QTensor:
@@ -196,6 +253,11 @@ def _hardtanh(x: QTensor, min_val: float = -1.0, max_val: float = 1.0, inplace: 
     return _clamped(x, min_val, max_val, inplace, F.hardtanh)
 
 
+@_handle(F.hardtanh_)
+def _hardtanh_(x: QTensor, min_val: float = -1.0, max_val: float = 1.0) -> QTensor:
+    return _clamped(x, min_val, max_val, True, F.hardtanh)
+
+
 @_handle(*_named("clamp", "clip"))
 def _clamp(x: QTensor, min: float | None = None, max: float | None = None) -> QTensor:
     return _clamped(x, min, max, False, torch.clamp)
@@ -218,8 +280,7 @@ def _clamp_max(x: QTensor, max: float) -> QTensor:
 
 # order
 def _extremes(func: Callable[..., Any], pairwise: Callable[..., Any]) -> Callable[..., Any]:
-    def handler(*args: Any, **kwargs: Any) -> Any:
-        x, args, kwargs = _take(args, kwargs)
+    def handler(x: Any, *args: Any, **kwargs: Any) -> Any:
         other = args[0] if args else kwargs.get("other")
         if isinstance(other, Tensor) or (isinstance(x, Tensor) and not isinstance(x, QTensor)):
             _same_parameters(x, other, func.__name__)
@@ -249,9 +310,25 @@ def _on_reals(func: Callable[..., Any]) -> Callable[..., Any]:
 
 for _func in _named(
     *("eq", "ne", "lt", "le", "gt", "ge", "isclose", "allclose", "isnan", "isinf", "isfinite"),
-    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "item", "tolist"),
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__contains__"),
+    *("item", "tolist", "is_nonzero", "__bool__", "__float__", "__int__"),
 ):
     HANDLERS[_func] = _on_reals(_func)
+
+
+@_handle(*_named("dequantize"))
+def _dequantize(x: QTensor) -> Tensor:
+    return x.dequantize()
+
+
+@_handle(*_named("int_repr"))
+def _int_repr(x: QTensor) -> Tensor:
+    return x.int_repr()
+
+
+@_handle(torch.Tensor.__format__)
+def _format(x: QTensor, spec: str) -> str:
+    return format(x.item(), spec) if x.dim() == 0 else object.__format__(x, spec)
 
 
 @_handle(*_named("equal"))
@@ -269,8 +346,7 @@ def _equal(x: Any, other: Any) -> bool:
 
 # averages
 def _rounded(func: Callable[..., Any]) -> Callable[..., Any]:
-    def handler(*args: Any, **kwargs: Any) -> QTensor:
-        x, args, kwargs = _take(args, kwargs)
+    def handler(x: QTensor, *args: Any, **kwargs: Any) -> QTensor:
         _per_tensor(x, func)
         kind = integer_type(x.integers.dtype)
         average = func(x.integers.to(torch.float32).sub_(x.zero_point), *args, **kwargs)
@@ -280,7 +356,7 @@ def _rounded(func: Callable[..., Any]) -> Callable[..., Any]:
     return handler
 
 
-for _func in [
+_averages: list[Any] = [
     *_named("mean"),
     F.avg_pool1d,
     F.avg_pool2d,
@@ -290,15 +366,12 @@ for _func in [
     F.adaptive_avg_pool3d,
     F.interpolate,
     F.upsample,
-    # integers survive a round trip through float exactly, and these have no integer kernel
-    F.max_pool1d,
-    F.adaptive_max_pool1d,
-    torch.max_pool1d,
-]:
+]
+for _func in _averages:
     HANDLERS[_func] = _rounded(_func)
 
 
-@_handle(F.pad)
+@_handle(F.pad, torch._C._nn.pad)  # the latter is what torch.compile sees
 def _pad(x: QTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> QTensor:
     _per_tensor(x, F.pad)
     if mode != "constant":
@@ -308,6 +381,4 @@ def _pad(x: QTensor, pad: Sequence[int], mode: str = "constant", value: float | 
 
 @_handle(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 def _dropout(x: QTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> QTensor:
-    if training:
-        raise InvalidInputError("dropout of a quantized tensor while training", remedy="call model.eval()")
-    return x
+    return x  # integers are not trained on, whatever mode their modules are in

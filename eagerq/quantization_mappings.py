@@ -38,14 +38,14 @@ class Row(NamedTuple):
         fused: the float module that holds them, when there are several.
         qat: the module to train with.
         quantized: the int8 module.
-        by_default: whether the default maps have it (embeddings are asked for by their own maps).
+        trained_by_default: whether the default QAT map has it (embeddings are asked for by their own).
     """
 
     sequence: tuple[type[nn.Module], ...]
     fused: type[nn.Module] | None
     qat: type[nn.Module] | None
     quantized: type[nn.Module]
-    by_default: bool = True
+    trained_by_default: bool = True
 
     @property
     def float_module(self) -> type[nn.Module]:
@@ -77,6 +77,8 @@ ROWS: tuple[Row, ...] = (
     Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), None, qat.Linear, _Linear),
     Row((nn.Linear, nn.ReLU), intrinsic.LinearReLU, intrinsic_qat.LinearReLU, intrinsic_quantized.LinearReLU),
     Row((nn.Linear, nn.BatchNorm1d), intrinsic.LinearBn1d, intrinsic_qat.LinearBn1d, _Linear),
+    Row((nn.Embedding,), None, qat.Embedding, quantized.Embedding, trained_by_default=False),
+    Row((nn.EmbeddingBag,), None, qat.EmbeddingBag, quantized.EmbeddingBag, trained_by_default=False),
 )
 
 
@@ -89,9 +91,8 @@ def _static_map(rows: tuple[Row, ...]) -> ModuleMap:
     return from_float | {row.qat: row.quantized for row in rows if row.qat}
 
 
-_DEFAULT_ROWS = tuple(row for row in ROWS if row.by_default)
-DEFAULT_QAT_MODULE_MAPPINGS = _qat_map(_DEFAULT_ROWS)
-DEFAULT_STATIC_QUANT_MODULE_MAPPINGS = _static_map(_DEFAULT_ROWS)
+DEFAULT_QAT_MODULE_MAPPINGS = _qat_map(tuple(row for row in ROWS if row.trained_by_default))
+DEFAULT_STATIC_QUANT_MODULE_MAPPINGS = _static_map(ROWS)
 
 # Layers whose outputs are observed although they have no int8 form here: checkpoints have the observers.
 _OBSERVED_ONLY: tuple[type[nn.Module], ...] = (
@@ -99,7 +100,6 @@ _OBSERVED_ONLY: tuple[type[nn.Module], ...] = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.ELU, nn.Hardswish, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Dropout),
-    *(nn.Embedding, nn.EmbeddingBag),
     *(nn.GRUCell, nn.LSTMCell, nn.RNNCell, nn.LSTM, nn.GRU),
     *(intrinsic.BNReLU2d, intrinsic.BNReLU3d),
 )
@@ -121,8 +121,8 @@ def get_embedding_qat_module_mappings() -> ModuleMap:
 
 
 def get_embedding_static_quant_module_mappings() -> ModuleMap:
-    """The default int8 map, with embeddings."""
-    return _static_map(ROWS)
+    """The map that goes with :func:`get_embedding_qat_module_mappings`; the default one has embeddings too."""
+    return dict(DEFAULT_STATIC_QUANT_MODULE_MAPPINGS)
 
 
 def get_static_quant_module_class(

@@ -17,6 +17,7 @@ __all__ = [
     "IntegerType",
     "QScheme",
     "Sharing",
+    "int4",
     "integer_dtype",
     "integer_type",
     "per_channel_affine",
@@ -26,6 +27,7 @@ __all__ = [
     "per_tensor_symmetric",
     "quantization_range",
     "sharing",
+    "uint4",
 ]
 
 
@@ -66,6 +68,10 @@ def _constant(name: str) -> Any:
     return getattr(torch, name, None) or QScheme(name)
 
 
+# torch's type stubs lack the sub-byte dtypes
+int4: torch.dtype = _constant("int4")
+uint4: torch.dtype = _constant("uint4")
+
 per_tensor_affine = _constant("per_tensor_affine")
 per_tensor_symmetric = _constant("per_tensor_symmetric")
 per_channel_affine = _constant("per_channel_affine")
@@ -88,8 +94,8 @@ _INTEGER_TYPES = {
         IntegerType(torch.uint16, torch.uint16, 0, 2**16 - 1),
         IntegerType(torch.int16, torch.int16, -(2**15), 2**15 - 1),
         IntegerType(torch.int32, torch.int32, -(2**31), 2**31 - 1),
-        IntegerType(torch.uint4, torch.uint8, 0, 15),
-        IntegerType(torch.int4, torch.int8, -8, 7),
+        IntegerType(uint4, torch.uint8, 0, 15),
+        IntegerType(int4, torch.int8, -8, 7),
     )
 }
 _OLD_NAMES = {

@@ -21,6 +21,7 @@ from eagerq.scheme import (
     per_channel_symmetric,
     per_tensor_affine,
     per_tensor_symmetric,
+    uint4,
 )
 
 _UINT8: dict[str, Any] = {"quant_min": 0, "quant_max": 255, "dtype": torch.uint8}
@@ -83,6 +84,6 @@ default_embedding_fake_quant_4bit = FakeQuantize.with_args(
     observer=MovingAveragePerChannelMinMaxObserver,
     qscheme=per_channel_affine_float_qparams,
     ch_axis=0,
-    dtype=torch.uint4,
+    dtype=uint4,
     averaging_constant=1,
 )

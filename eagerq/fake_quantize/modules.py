@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.errors import InvalidConfigError
-from eagerq.functional import fake_quantize, training_qparams
+from eagerq.functional import (
+    can_update_natively,
+    fake_quantize,
+    min_max,
+    training_qparams,
+    update_natively,
+)
 from eagerq.observer import (
     FixedQParamsObserver,
     MovingAverageMinMaxObserver,
@@ -274,6 +280,30 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
                 remedy="pass MovingAverageMinMaxObserver, or use FakeQuantize",
             )
         self.is_symmetric_quant = sharing(self.qscheme).symmetric
+
+    def _observe(self, x: Tensor) -> None:
+        if not can_update_natively(x):
+            return super()._observe(x)
+        if x.numel() == 0:
+            return None
+        observer = self.activation_post_process
+        low, high = min_max(x.detach(), self.ch_axis if self.is_per_channel else None)
+        observer.check_channels(low)
+        updated = update_natively(
+            low.float(),
+            high.float(),
+            observer.min_val,
+            observer.max_val,
+            self.scale,
+            self.zero_point,
+            observer.averaging_constant,
+            self.quant_min,
+            self.quant_max,
+            self.is_symmetric_quant,
+        )
+        if not updated:
+            observer.nonfinite_batches += 1
+        return None
 
     def _training_qparams(self) -> tuple[Tensor, Tensor]:
         observer = self.activation_post_process

@@ -134,8 +134,8 @@ class _ConvBn(BatchNormMixin, ConvQAT):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        # past the mixins, the next in line is torch's own class
-        super().__init__(
+        init: Any = super().__init__  # past the mixins, the next in line is torch's own class
+        init(
             in_channels,
             out_channels,
             kernel_size,
@@ -165,7 +165,7 @@ class ConvBn1d(_ConvBn, nn.Conv1d):
         InvalidConfigError: without a qconfig.
     """
 
-    _FLOAT_MODULE = fused.ConvBn1d
+    _FLOAT_MODULE: ClassVar[Any] = fused.ConvBn1d
 
 
 class ConvBn2d(_ConvBn, nn.Conv2d):
@@ -181,7 +181,7 @@ class ConvBn2d(_ConvBn, nn.Conv2d):
         InvalidConfigError: without a qconfig.
     """
 
-    _FLOAT_MODULE = fused.ConvBn2d
+    _FLOAT_MODULE: ClassVar[Any] = fused.ConvBn2d
 
 
 class ConvBn3d(_ConvBn, nn.Conv3d):
@@ -197,7 +197,7 @@ class ConvBn3d(_ConvBn, nn.Conv3d):
         InvalidConfigError: without a qconfig.
     """
 
-    _FLOAT_MODULE = fused.ConvBn3d
+    _FLOAT_MODULE: ClassVar[Any] = fused.ConvBn3d
 
 
 class _ReLU(QATMixin):
@@ -209,50 +209,50 @@ class _ReLU(QATMixin):
 class ConvBnReLU1d(_ReLU, ConvBn1d):
     """Conv1d, BatchNorm1d and ReLU; arguments and errors as for :class:`ConvBn1d`."""
 
-    _FLOAT_MODULE: ClassVar[type[nn.Module]] = fused.ConvBnReLU1d
-    _FLOAT_RELU: ClassVar[Any] = fused.ConvReLU1d
+    _FLOAT_MODULE = fused.ConvBnReLU1d
+    _FLOAT_RELU = fused.ConvReLU1d
 
 
 class ConvBnReLU2d(_ReLU, ConvBn2d):
     """Conv2d, BatchNorm2d and ReLU; arguments and errors as for :class:`ConvBn2d`."""
 
-    _FLOAT_MODULE: ClassVar[type[nn.Module]] = fused.ConvBnReLU2d
-    _FLOAT_RELU: ClassVar[Any] = fused.ConvReLU2d
+    _FLOAT_MODULE = fused.ConvBnReLU2d
+    _FLOAT_RELU = fused.ConvReLU2d
 
 
 class ConvBnReLU3d(_ReLU, ConvBn3d):
     """Conv3d, BatchNorm3d and ReLU; arguments and errors as for :class:`ConvBn3d`."""
 
-    _FLOAT_MODULE: ClassVar[type[nn.Module]] = fused.ConvBnReLU3d
-    _FLOAT_RELU: ClassVar[Any] = fused.ConvReLU3d
+    _FLOAT_MODULE = fused.ConvBnReLU3d
+    _FLOAT_RELU = fused.ConvReLU3d
 
 
 class ConvReLU1d(_ReLU, Conv1d):
     """Conv1d and ReLU; arguments and errors as for :class:`eagerq.nn.qat.Conv1d`."""
 
-    _FLOAT_MODULE: ClassVar[type[nn.Module]] = fused.ConvReLU1d
-    _FLOAT_RELU: ClassVar[Any] = fused.ConvReLU1d
+    _FLOAT_MODULE = fused.ConvReLU1d
+    _FLOAT_RELU = fused.ConvReLU1d
 
 
 class ConvReLU2d(_ReLU, Conv2d):
     """Conv2d and ReLU; arguments and errors as for :class:`eagerq.nn.qat.Conv2d`."""
 
-    _FLOAT_MODULE: ClassVar[type[nn.Module]] = fused.ConvReLU2d
-    _FLOAT_RELU: ClassVar[Any] = fused.ConvReLU2d
+    _FLOAT_MODULE = fused.ConvReLU2d
+    _FLOAT_RELU = fused.ConvReLU2d
 
 
 class ConvReLU3d(_ReLU, Conv3d):
     """Conv3d and ReLU; arguments and errors as for :class:`eagerq.nn.qat.Conv3d`."""
 
-    _FLOAT_MODULE: ClassVar[type[nn.Module]] = fused.ConvReLU3d
-    _FLOAT_RELU: ClassVar[Any] = fused.ConvReLU3d
+    _FLOAT_MODULE = fused.ConvReLU3d
+    _FLOAT_RELU = fused.ConvReLU3d
 
 
 class LinearReLU(_ReLU, Linear):
     """Linear and ReLU; arguments and errors as for :class:`eagerq.nn.qat.Linear`."""
 
-    _FLOAT_MODULE: ClassVar[type[nn.Module]] = fused.LinearReLU
-    _FLOAT_RELU: ClassVar[Any] = fused.LinearReLU
+    _FLOAT_MODULE = fused.LinearReLU
+    _FLOAT_RELU = fused.LinearReLU
 
 
 class LinearBn1d(BatchNormMixin, LinearQAT):
@@ -268,7 +268,7 @@ class LinearBn1d(BatchNormMixin, LinearQAT):
         InvalidConfigError: without a qconfig.
     """
 
-    _FLOAT_MODULE = fused.LinearBn1d
+    _FLOAT_MODULE: ClassVar[Any] = fused.LinearBn1d
 
     def __init__(
         self,

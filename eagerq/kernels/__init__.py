@@ -1,12 +1,11 @@
 """The doors to integer arithmetic: plain tensors in, plain tensors out, the fastest exact way."""
 
-from eagerq.kernels.doors import conv, linear, quantize
+from eagerq.kernels.doors import cat, conv, linear, matmul, quantize
+from eagerq.kernels.embedding import embedding, embedding_bag
 from eagerq.kernels.reference import (
     add,
-    cat,
     dequantize,
     dequantize_per_channel,
-    matmul,
     mul,
     quantize_per_channel,
 )
@@ -17,6 +16,8 @@ __all__ = [
     "conv",
     "dequantize",
     "dequantize_per_channel",
+    "embedding",
+    "embedding_bag",
     "linear",
     "matmul",
     "mul",

@@ -1,4 +1,4 @@
-"""The doors that have fast implementations, with their schemas and registrations."""
+"""The doors that have fast implementations, with their schemas and registrations, and what is made of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from eagerq.kernels import onednn, reference
 from eagerq.kernels.dispatch import Kernel
 
-__all__ = ["conv", "linear", "quantize"]
+__all__ = ["cat", "conv", "linear", "matmul", "quantize"]
 
 _X = "Tensor x, float x_scale, int x_zero_point"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_zero_point, Tensor? bias"
@@ -60,9 +60,7 @@ def _fake_conv(
         (length + 2 * pad - step * (taps - 1) - 1) // every + 1
         for length, pad, step, taps, every in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
     ]
-    layout = reference.MEMORY_FORMATS[x.dim()]
-    shape = (x.shape[0], weight.shape[0], *size)
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
+    return reference.channels_last(x.new_empty((x.shape[0], weight.shape[0], *size), dtype=dtype))
 
 
 quantize = Kernel(f"quantize(Tensor x, {_OUTPUT}) -> Tensor", reference.quantize, _fake_quantize)
@@ -76,3 +74,43 @@ conv = Kernel(
 if onednn.available():
     linear.register("cpu", onednn.linear)
     conv.register("cpu", onednn.conv)
+
+
+def cat(
+    tensors: Sequence[Tensor],
+    scales: Sequence[float],
+    zero_points: Sequence[int],
+    dim: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """Concatenate quantized tensors, each requantized where its parameters differ from the result's."""
+    parts = []
+    for q, q_scale, q_zero_point in zip(tensors, scales, zero_points, strict=True):
+        if (q_scale, q_zero_point, q.dtype) == (scale, zero_point, dtype):
+            parts.append(q.clamp(low, high))
+        else:
+            parts.append(quantize(reference.dequantize(q, q_scale, q_zero_point), scale, zero_point, dtype, low, high))
+    return torch.cat(parts, dim)
+
+
+def matmul(
+    a: Tensor,
+    a_scale: float,
+    a_zero_point: int,
+    b: Tensor,
+    b_scale: float,
+    b_zero_point: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """``a @ b`` of two quantized tensors, requantized."""
+    product = (a.double().sub_(a_zero_point) @ b.double().sub_(b_zero_point)).to(torch.float32)
+    real = product.mul_(reference.single(reference.single(a_scale) * reference.single(b_scale)))
+    return quantize(real, scale, zero_point, dtype, low, high)

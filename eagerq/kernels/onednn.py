@@ -1,8 +1,9 @@
 """int8 linear and convolution on x86 through oneDNN's operators, which take plain integer tensors.
 
 What they cannot do exactly is refused here (``NotImplemented``) and goes to the reference:
-asymmetric weights, outputs of other types than 8-bit integers, sums that could leave int32, and
-convolutions with a window wholly in padding, which oneDNN gets wrong for thin groups.
+asymmetric weights, outputs of other types than 8-bit integers, sums that could leave int32 (or int16,
+on processors without VNNI), and convolutions with a window wholly in padding, which oneDNN gets wrong
+for thin groups.  So are shapes that do not fit each other, which it would not always notice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagerq.kernels.reference import MEMORY_FORMATS
+from eagerq.kernels.reference import channels_last
 
 __all__ = ["available", "conv", "linear"]
 
@@ -39,7 +40,8 @@ class _Packed(NamedTuple):
     """A weight in oneDNN's own layout, and what it was packed for."""
 
     alive: weakref.ref[Tensor]
-    version: int
+    zero_point: Tensor
+    versions: tuple[int, int]
     key: Any
     weight: Tensor | None  # None: oneDNN cannot run it
 
@@ -51,31 +53,60 @@ _packed: dict[int, _Packed] = {}
 
 def _pack(weight: Tensor, zero_point: Tensor, key: Any, pack: Callable[[], Tensor]) -> Tensor | None:
     """The packed weight, made on first use; None when its zero points are not all zero."""
-    if weight.is_inference():  # has no version to tell a change by
+    if weight.is_inference() or zero_point.is_inference():  # has no version to tell a change by
         return None if zero_point.any() else pack()
-    number, version = id(weight), weight._version
+    number, versions = id(weight), (weight._version, zero_point._version)
     entry = _packed.get(number)
-    if entry is None or entry.alive() is not weight or entry.version != version or entry.key != key:
+    if (
+        entry is None
+        or entry.alive() is not weight
+        or entry.zero_point is not zero_point
+        or entry.versions != versions
+        or entry.key != key
+    ):
 
         def forget(_: Any) -> None:
             _packed.pop(number, None)
 
         alive = weakref.ref(weight, forget)
-        entry = _Packed(alive, version, key, None if zero_point.any() else pack())
+        entry = _Packed(alive, zero_point, versions, key, None if zero_point.any() else pack())
         _packed[number] = entry
     return entry.weight
 
 
+@lru_cache(maxsize=1)
+def _saturates() -> bool:
+    """Whether the processor cuts sums of two products at 16 bits, as those without VNNI do: tried out."""
+    x = torch.full((1, 64), 255, dtype=torch.uint8)
+    weight = torch.ops.onednn.qlinear_prepack.default(torch.full((64, 64), 127, dtype=torch.int8), None)
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    y = torch.ops.onednn.qlinear_pointwise.default(
+        x, 1.0, 0, weight, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return bool((y != 255 * 127 * 64).any())
+
+
+def _too_big(x: Tensor) -> bool:
+    """Whether products of these integers could saturate; 7 bits (a reduced range) never do."""
+    return _saturates() and (x.dtype is torch.int8 or bool((x > 127).any()))
+
+
+# the clamps that the operators take as post-ops, by the dimension of their input
+_POST_OPS = {2: ("relu", "hardtanh"), 3: ("relu",), 4: ("relu", "hardtanh"), 5: ()}
+
+
 def _post_op(
     dim: int, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int
-) -> tuple[str, list[float]]:
-    """oneDNN's name and arguments for clamping the output to ``[low, high]``."""
+) -> tuple[str, list[float], bool]:
+    """oneDNN's name and arguments for clamping to ``[low, high]``, and whether the integers are still to clamp."""
     least, most = (0, 255) if dtype is torch.uint8 else (-128, 127)
-    if (low <= least and high >= most) or dim == 5:
-        return "none", []
-    if low == zero_point and high >= most:
-        return "relu", []
-    return "hardtanh", [(low - zero_point) * scale, (high - zero_point) * scale]
+    if low <= least and high >= most:
+        return "none", [], False
+    if low == zero_point and high >= most and "relu" in _POST_OPS[dim]:
+        return "relu", [], False
+    if "hardtanh" in _POST_OPS[dim]:
+        return "hardtanh", [(low - zero_point) * scale, (high - zero_point) * scale], False
+    return "none", [], True
 
 
 def linear(
@@ -99,14 +130,17 @@ def linear(
         or dtype not in _BYTES
         or weight.dtype is not torch.int8
         or weight.shape[1] > _LONGEST_SUM
+        or weight.shape[1] != x.shape[-1]
+        or weight_scale.numel() not in (1, weight.shape[0])
         or rows == 0
         or weight.numel() == 0
+        or _too_big(x)
     ):
         return NotImplemented
     packed = _pack(weight, weight_zero_point, "linear", lambda: torch.ops.onednn.qlinear_prepack.default(weight, None))
     if packed is None:
         return NotImplemented
-    attr, scalars = _post_op(2, scale, zero_point, dtype, low, high)
+    attr, scalars, _ = _post_op(2, scale, zero_point, dtype, low, high)
     y = torch.ops.onednn.qlinear_pointwise.default(
         x.reshape(rows, x.shape[-1]).contiguous(),
         x_scale,
@@ -129,9 +163,9 @@ def linear(
 def _every_window_sees_input(
     size: tuple[int, ...], kernel: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
 ) -> bool:
-    """Whether no window of the convolution can lie wholly in padding (sufficient, not necessary)."""
+    """Whether there is a window, and none can lie wholly in padding (sufficient, not necessary)."""
     return all(
-        pad == 0 or (pad <= step * (taps - 1) and step <= length)
+        step * (taps - 1) < length + 2 * pad and (pad == 0 or (pad <= step * (taps - 1) and step <= length))
         for length, taps, pad, step in zip(size, kernel, padding, dilation, strict=True)
     )
 
@@ -162,26 +196,32 @@ def conv(
         or dtype not in _BYTES
         or weight.dtype is not torch.int8
         or weight.numel() > _LONGEST_SUM * weight.shape[0]
+        or weight.shape[1] * groups != x.shape[1]
+        or weight.shape[0] % groups
+        or weight_scale.numel() not in (1, weight.shape[0])
         or x.numel() == 0
+        or weight.numel() == 0
         or not _every_window_sees_input(x.shape[2:], kernel, tuple(padding), tuple(dilation))
     ):
         return NotImplemented
     if x.dtype is torch.int8:  # the kernels want bytes: move data and zero point alike
         x, x_zero_point = x.view(torch.uint8).bitwise_xor(128), x_zero_point + 128
-    x = x.contiguous(memory_format=MEMORY_FORMATS[dim])
+    if _too_big(x):
+        return NotImplemented
+    x = channels_last(x)
     # a single image is worth packing for its very shape
     shape = list(x.shape) if x.shape[0] == 1 else None
     packed = _pack(
         weight,
         weight_zero_point,
-        (x_scale, x_zero_point, shape, stride, padding, dilation),
+        (x_scale, x_zero_point, shape, stride, padding, dilation, groups),
         lambda: torch.ops.onednn.qconv_prepack.default(
             weight, weight_scale, x_scale, x_zero_point, stride, padding, dilation, groups, shape
         ),
     )
     if packed is None:
         return NotImplemented
-    attr, scalars = _post_op(dim, scale, zero_point, dtype, low, high)
+    attr, scalars, unclamped = _post_op(dim, scale, zero_point, dtype, low, high)
     y = torch.ops.onednn.qconv_pointwise.default(
         x,
         x_scale,
@@ -201,4 +241,4 @@ def conv(
         scalars,
         "",
     )
-    return y.clamp_(low, high) if dim == 5 else y
+    return y.clamp_(low, high) if unclamped else y

@@ -16,19 +16,17 @@ from eagerq.functional import channel_shape
 
 __all__ = [
     "add",
-    "cat",
+    "channels_last",
     "conv",
     "dequantize",
     "dequantize_per_channel",
     "linear",
-    "matmul",
     "mul",
     "quantize",
     "quantize_per_channel",
     "single",
 ]
 
-# activations flow with their channels last: a change of layout costs more than a convolution
 MEMORY_FORMATS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -40,14 +38,28 @@ def single(value: float) -> float:
 
 
 def _inverse(scale: float) -> float:
-    return single(1.0 / scale)
+    return single(1.0 / single(scale))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` as activations flow: channels last in memory, since a change of layout costs more than a convolution."""
+    if x.dim() == 3:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.contiguous(memory_format=MEMORY_FORMATS[x.dim()])
+
+
+def _stored(steps: Tensor, dtype: torch.dtype, low: int, high: int) -> Tensor:
+    """Rounded numbers as integers of ``[low, high]``; consumes ``steps``."""
+    if high >= 2**24:  # float32 has not every integer up to there
+        steps = steps.double()
+    return steps.clamp_(low, high).to(dtype)
 
 
 def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:
     """``clamp(round(x·(1/scale) + zero_point), low, high)``, the sum rounded once (fused multiply-add)."""
     shift = torch.tensor(float(zero_point))
     steps = torch.add(shift, x.to(torch.float32), alpha=_inverse(scale))
-    return steps.round_().clamp_(low, high).to(dtype)
+    return _stored(steps.round_(), dtype, low, high)
 
 
 def quantize_per_channel(
@@ -57,7 +69,7 @@ def quantize_per_channel(
     shape = channel_shape(x.dim(), axis)
     inverse = scale.to(torch.float32).reciprocal().reshape(shape)
     steps = x.to(torch.float32) * inverse + zero_point.to(torch.float32).reshape(shape)
-    return steps.round_().clamp_(low, high).to(dtype)
+    return _stored(steps.round_(), dtype, low, high)
 
 
 def dequantize(q: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -87,7 +99,7 @@ def _requantize(
     y = total.to(torch.float32).mul_(x_scale).mul_(weight_scale.reshape(shape))
     if bias is not None:
         y.add_(bias.reshape(shape))
-    return y.mul_(_inverse(scale)).add_(zero_point).round_().clamp_(low, high).to(dtype)
+    return _stored(y.mul_(_inverse(scale)).add_(zero_point).round_(), dtype, low, high)
 
 
 def _centred(weight: Tensor, zero_point: Tensor) -> Tensor:
@@ -133,7 +145,7 @@ def conv(
 ) -> Tensor:
     """1-, 2- or 3-dimensional convolution of integers ``[N, C, …]``, requantized; padding means 0.0.
 
-    2- and 3-dimensional results have their channels last in memory.
+    The result has its channels last in memory.
     """
     total = _CONVOLUTIONS[x.dim()](
         x.double().sub_(x_zero_point),
@@ -144,13 +156,12 @@ def conv(
         dilation,
         groups,
     )
-    y = _requantize(total, 1, x_scale, weight_scale, bias, scale, zero_point, dtype, low, high)
-    return y.contiguous(memory_format=MEMORY_FORMATS[x.dim()])
+    return channels_last(_requantize(total, 1, x_scale, weight_scale, bias, scale, zero_point, dtype, low, high))
 
 
 def _steps(y: Tensor, factor: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:
     # the zero point is added after rounding here, as operators on two activations have always done
-    return y.mul_(factor).round_().add_(zero_point).clamp_(low, high).to(dtype)
+    return _stored(y.mul_(factor).round_().add_(zero_point), dtype, low, high)
 
 
 def add(
@@ -186,45 +197,5 @@ def mul(
 ) -> Tensor:
     """``a * b`` of two quantized tensors (broadcasting), requantized."""
     product = a.to(torch.float32).sub_(a_zero_point) * b.to(torch.float32).sub_(b_zero_point)
-    factor = single(single(a_scale * b_scale) * _inverse(scale))
+    factor = single(single(single(a_scale) * single(b_scale)) * _inverse(scale))
     return _steps(product, factor, zero_point, dtype, low, high)
-
-
-def matmul(
-    a: Tensor,
-    a_scale: float,
-    a_zero_point: int,
-    b: Tensor,
-    b_scale: float,
-    b_zero_point: int,
-    scale: float,
-    zero_point: int,
-    dtype: torch.dtype,
-    low: int,
-    high: int,
-) -> Tensor:
-    """``a @ b`` of two quantized tensors, requantized."""
-    product = a.double().sub_(a_zero_point) @ b.double().sub_(b_zero_point)
-    factor = single(single(a_scale * b_scale) * _inverse(scale))
-    return _steps(product.to(torch.float32), factor, zero_point, dtype, low, high)
-
-
-def cat(
-    tensors: Sequence[Tensor],
-    scales: Sequence[float],
-    zero_points: Sequence[int],
-    dim: int,
-    scale: float,
-    zero_point: int,
-    dtype: torch.dtype,
-    low: int,
-    high: int,
-) -> Tensor:
-    """Concatenate quantized tensors, each requantized where its parameters differ from the result's."""
-    parts = []
-    for q, q_scale, q_zero_point in zip(tensors, scales, zero_points, strict=True):
-        if (q_scale, q_zero_point, q.dtype) == (scale, zero_point, dtype):
-            parts.append(q.clamp(low, high))
-        else:
-            parts.append(quantize(dequantize(q, q_scale, q_zero_point), scale, zero_point, dtype, low, high))
-    return torch.cat(parts, dim)

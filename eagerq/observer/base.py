@@ -190,7 +190,7 @@ class UniformQuantizationObserverBase(ObserverBase):
 
     @property
     def observed(self) -> bool:
-        return self.min_val.numel() > 0 and bool((self.min_val <= self.max_val).all())
+        return self.min_val.numel() > 0 and bool((self.min_val < torch.inf).all())
 
     def reset_min_max_vals(self) -> None:
         """Forget what has been seen."""

@@ -10,7 +10,7 @@ from eagerq.observer.passive import (
     RecordingObserver,
     ReuseInputObserver,
 )
-from eagerq.scheme import per_channel_affine_float_qparams, per_channel_symmetric, per_tensor_symmetric
+from eagerq.scheme import per_channel_affine_float_qparams, per_channel_symmetric, per_tensor_symmetric, uint4
 
 # activations in 7 bits, so that 8-bit products cannot saturate on any processor
 default_observer = MinMaxObserver.with_args(quant_min=0, quant_max=127)
@@ -42,7 +42,7 @@ default_float_qparams_observer = PerChannelMinMaxObserver.with_args(
     dtype=torch.uint8, qscheme=per_channel_affine_float_qparams, ch_axis=0
 )
 default_float_qparams_observer_4bit = PerChannelMinMaxObserver.with_args(
-    dtype=torch.uint4, qscheme=per_channel_affine_float_qparams, ch_axis=0
+    dtype=uint4, qscheme=per_channel_affine_float_qparams, ch_axis=0
 )
 
 # outputs of tanh and of sigmoid, hardsigmoid, softmax

@@ -126,7 +126,8 @@ class HistogramObserver(UniformQuantizationObserverBase):
         """The histogram so far, over the bins of a wider range; computed on the host."""
         old = self.histogram.float().cpu()
         if old_low == old_high:
-            return _count(torch.full((1,), old_low, device="cpu"), self.bins, low, high) * old.sum()
+            one = torch.tensor([old_low], dtype=torch.float32, device="cpu")
+            return _count(one, self.bins, low, high) * old.sum()
         # in units of a power of two near the width, so that denormal ranges keep their digits
         unit = math.ldexp(1.0, -math.frexp(high - low)[1])
         old_low, old_high, low, high = old_low * unit, old_high * unit, low * unit, high * unit

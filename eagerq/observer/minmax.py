@@ -40,15 +40,19 @@ class _RangeObserver(UniformQuantizationObserverBase):
         finite = self._finite(low, high)
         if self.min_val.numel() == 0:  # the first batch tells how many channels there are
             self.min_val, self.max_val = torch.full_like(low, torch.inf), torch.full_like(high, -torch.inf)
-        elif self.min_val.shape != low.shape:
+        self.check_channels(low)
+        merged_low, merged_high = self._merge(self.min_val, self.max_val, low, high)
+        self.min_val.copy_(torch.where(finite, merged_low, self.min_val))
+        self.max_val.copy_(torch.where(finite, merged_high, self.max_val))
+
+    def check_channels(self, low: Tensor) -> None:
+        """Refuse a batch with another number of channels than those seen before."""
+        if self.min_val.shape != low.shape and self.min_val.numel() > 0:
             raise InvalidInputError(
                 f"got {low.numel()} channels, but {self.min_val.numel()} were observed before",
                 module=self,
                 remedy="check ch_axis, or call reset_min_max_vals() to observe another tensor",
             )
-        merged_low, merged_high = self._merge(self.min_val, self.max_val, low, high)
-        self.min_val.copy_(torch.where(finite, merged_low, self.min_val))
-        self.max_val.copy_(torch.where(finite, merged_high, self.max_val))
 
 
 class MinMaxObserver(_RangeObserver):

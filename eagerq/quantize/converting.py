@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from eagerq.errors import InvalidConfigError, UnsupportedError, stamp_names
-from eagerq.nn.quantized import QuantizedModule
+from eagerq.nn.quantized import FloatFunctional, QuantizedModule
 from eagerq.quantization_mappings import ModuleMap, get_default_static_quant_module_mappings
 from eagerq.quantize.preparing import prepare, prepare_qat
 from eagerq.quantize.state import install_state_check
@@ -21,38 +21,71 @@ from eagerq.quantize.tree import unchanged_on_error
 __all__ = ["convert", "quantize", "quantize_qat"]
 
 
-class UnobservedWarning:
-    """Forward pre-hook of a converted model's root: warns once of layers that have seen no data."""
+_CALLER = 5  # frames from a forward pre-hook up to who called the module
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
+
+class RunWarnings:
+    """Forward pre-hook of a converted model's root: says, once each, what is amiss with running it.
+
+    Args:
+        unobserved: names of the layers that have seen no data.
+        evaluated: whether the model has been in eval mode since ``convert``; to leave it again is to
+            mean to train (a model converted in training mode has only kept its mode).
+    """
+
+    def __init__(self, unobserved: Sequence[str], evaluated: bool) -> None:
+        self.unobserved = list(unobserved)
+        self.evaluated = evaluated
+        self.told_of_training = False
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if self.names and not torch.compiler.is_compiling():
-            names, self.names = self.names, []
+        if torch.compiler.is_compiling():
+            return
+        if self.unobserved:
+            names, self.unobserved = self.unobserved, []
             warnings.warn(
                 f"{len(names)} layers were converted before they had seen any data, so they quantize with "
                 f"scale 1: {', '.join(map(repr, names))}. Run the prepared model on data before convert, or load "
                 "a state_dict into the converted one.",
-                stacklevel=4,
+                stacklevel=_CALLER,
+            )
+        if not module.training:
+            self.evaluated = True
+        elif self.evaluated and not self.told_of_training:
+            self.told_of_training = True
+            warnings.warn(
+                "a converted model is in training mode, but its int8 layers cannot be trained: they run as in eval "
+                "mode and get no gradients. Train the prepared model, then convert it again.",
+                stacklevel=_CALLER,
             )
 
     def loaded(self, module: nn.Module, incompatible_keys: Any) -> None:
         """A state_dict has been loaded: the parameters are known now."""
-        self.names = []
+        if not incompatible_keys.missing_keys:
+            self.unobserved = []
 
 
-def _observers(root: nn.Module) -> Iterable[tuple[str, Any]]:
+def _observers(root: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     for name, module in root.named_modules():
         observer = getattr(module, OBSERVER, None)
         if isinstance(observer, Observing) and not isinstance(module, Observing):
-            yield name, getattr(observer, OBSERVER, observer)
+            yield name, module, getattr(observer, OBSERVER, observer)
+
+
+def _unobserved(root: nn.Module) -> list[str]:
+    """Names of the layers that have seen no data."""
+    found = [(name, module, getattr(one, "observed", True)) for name, module, one in _observers(root)]
+    ran = any(observed for _, module, observed in found)
+    # where others have seen data, a FloatFunctional without any has only added or multiplied numbers
+    return [
+        name for name, module, observed in found if not observed and not (ran and isinstance(module, FloatFunctional))
+    ]
 
 
 def _report_nonfinite(root: nn.Module) -> None:
     counts = {
         name: int(observer.nonfinite_batches)
-        for name, observer in _observers(root)
+        for name, _, observer in _observers(root)
         if hasattr(observer, "nonfinite_batches")
     }
     skipped = [f"{name!r} ({count})" for name, count in counts.items() if count]
@@ -124,7 +157,7 @@ def convert(
     custom = (convert_custom_config_dict or {}).get("observed_to_quantized_custom_module_class", {})
     if mapping is None and not custom:
         _check_prepared(module)
-    unobserved = [name for name, observer in _observers(module) if not observer.observed]
+    unobserved = _unobserved(module)
     if strict and unobserved:
         raise InvalidConfigError(
             f"these layers have seen no data: {', '.join(map(repr, unobserved))}",
@@ -136,7 +169,8 @@ def convert(
     if not inplace:
         module = copy.deepcopy(module)
     stamp_names(module)
-    with unchanged_on_error(module):
+    with unchanged_on_error(module), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\w+ has seen no data")  # told at the first forward, of all at once
         swap_children(
             module,
             lambda one: swap_module(one, chosen, custom, use_precomputed_fake_quant, as_trained),
@@ -146,8 +180,8 @@ def convert(
         _clean(module)
     stamp_names(module)
     install_state_check(module)
-    if unobserved and any(isinstance(one, QuantizedModule) for one in module.modules()):
-        hook = UnobservedWarning(unobserved)
+    if any(isinstance(one, QuantizedModule) for one in module.modules()):
+        hook = RunWarnings(unobserved, evaluated=not module.training)
         module.register_forward_pre_hook(hook)
         module.register_load_state_dict_post_hook(hook.loaded)
     return module

@@ -16,7 +16,7 @@ from eagerq.quantization_mappings import (
 )
 from eagerq.quantize.qconfigs import propagate_qconfig_, require_qconfig
 from eagerq.quantize.state import install_state_check
-from eagerq.quantize.swapping import attach_observers, check_unprepared, swap_children, swap_module
+from eagerq.quantize.swapping import attach_observers, check_root, check_unprepared, swap_children, swap_module
 from eagerq.quantize.tree import unchanged_on_error
 
 __all__ = ["prepare", "prepare_qat"]
@@ -42,10 +42,12 @@ def prepare(
         The observed model.
 
     Raises:
-        InvalidConfigError: when no module has a qconfig, or the model is prepared already.
+        InvalidConfigError: when no module has a qconfig, or the model is prepared already, or is itself
+            a layer.
     """
     custom = (prepare_custom_config_dict or {}).get("float_to_observed_custom_module_class", {})
     check_unprepared(model, "prepare")
+    check_root(model, "prepare", custom)
     if not inplace:
         model = copy.deepcopy(model)
     with unchanged_on_error(model):
@@ -74,8 +76,8 @@ def prepare_qat(model: nn.Module, mapping: ModuleMap | None = None, inplace: boo
         The prepared model; its state_dict has the keys that ``torch.ao.quantization`` gives it.
 
     Raises:
-        InvalidConfigError: when the model is in eval mode, prepared or converted already, or no module
-            has a qconfig.  The model is then as it was.
+        InvalidConfigError: when the model is in eval mode, prepared or converted already, itself a
+            layer, or no module has a qconfig.  The model is then as it was.
 
     Example:
         >>> import eagerq
@@ -92,6 +94,7 @@ def prepare_qat(model: nn.Module, mapping: ModuleMap | None = None, inplace: boo
         )
     check_unprepared(model, "prepare_qat")
     mapping = get_default_qat_module_mappings() if mapping is None else mapping
+    check_root(model, "prepare_qat", mapping)
     if not inplace:
         model = copy.deepcopy(model)
     with unchanged_on_error(model):

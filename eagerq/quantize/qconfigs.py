@@ -45,25 +45,26 @@ def propagate_qconfig_(
     custom = prepare_custom_config_dict or {}
     skipped_names = set(custom.get("non_traceable_module_name", ()))
     skipped_classes = tuple(custom.get("non_traceable_module_class", ()))
-    plan: list[tuple[nn.Module, Any]] = []
+    plan: dict[nn.Module, Any] = {}
 
     def visit(current: nn.Module, inherited: Any, path: str) -> None:
+        if current in plan:  # in two places: the first counts
+            return
         config = given.get(path, given.get(type_before_parametrizations(current), inherited))
-        config = getattr(current, "qconfig", config)
-        plan.append((current, config))
+        config = plan[current] = getattr(current, "qconfig", config)
         for name, child in current.named_children():
             if name not in skipped_names and type(child) not in skipped_classes:
                 visit(child, config, f"{path}.{name}" if path else name)
 
     visit(module, None, "")
-    for current, config in plan:
+    for current, config in plan.items():
         if config is not None and not (hasattr(config, "activation") and hasattr(config, "weight")):
             raise InvalidArgumentError(
                 f"its qconfig is a {type(config).__name__}, not a QConfig",
                 module=current,
                 remedy="set it to QConfig(activation=…, weight=…), or None to leave the module in float",
             )
-    for current, config in plan:
+    for current, config in plan.items():
         current.qconfig = config
 
 
@@ -103,8 +104,15 @@ def add_quant_dequant(module: nn.Module) -> nn.Module:
     Returns:
         ``module``, or its wrapper when it is itself such a leaf.
     """
-    if is_leaf(module) and getattr(module, "qconfig", None):
-        return QuantWrapper(module)
-    for name, child in module.named_children():
-        module._modules[name] = add_quant_dequant(child)
-    return module
+    done: dict[nn.Module, nn.Module] = {}  # a module in two places gets one wrapper
+
+    def visit(current: nn.Module) -> nn.Module:
+        if current not in done:
+            wraps = is_leaf(current) and getattr(current, "qconfig", None)
+            done[current] = QuantWrapper(current) if wraps else current
+            for name, child in current._modules.items():
+                if child is not None:
+                    current._modules[name] = visit(child)
+        return done[current]
+
+    return visit(module)

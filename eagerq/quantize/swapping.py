@@ -16,7 +16,7 @@ from eagerq.intrinsic import _FusedModule
 from eagerq.nn.qat.base import QATMixin
 from eagerq.nn.quantized import FloatFunctional, QFunctional, QuantizedModule
 from eagerq.observer import ObserverBase
-from eagerq.quantization_mappings import ModuleMap
+from eagerq.quantization_mappings import ModuleMap, get_default_qconfig_propagation_list
 from eagerq.quantize.tree import copy_hooks, device_of, is_leaf
 from eagerq.stubs import DeQuantStub
 
@@ -25,6 +25,7 @@ __all__ = [
     "Observing",
     "ObserverHook",
     "attach_observers",
+    "check_root",
     "check_unprepared",
     "swap_children",
     "swap_module",
@@ -38,7 +39,7 @@ Observing = (ObserverBase, FakeQuantizeBase)
 class ObserverHook:
     """Forward hook that shows a module's output to its ``activation_post_process``."""
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def __call__(self, module: Any, args: Any, output: Tensor) -> Tensor:
         observed: Tensor = module.activation_post_process(output)
         return observed
 
@@ -145,7 +146,20 @@ def attach_observers(
     visit(root)
 
 
+def check_root(model: nn.Module, caller: str, *maps: Iterable[Any]) -> None:
+    """Refuse a model that is itself one layer: only its parent could swap it."""
+    kinds = {*get_default_qconfig_propagation_list(), *(kind for one in maps for kind in one)} - {nn.Sequential}
+    kind = type_before_parametrizations(model)
+    if _is_unit(model) or kind in kinds:
+        raise InvalidConfigError(
+            f"{caller} swaps the layers inside a model, but this {kind.__name__} is itself a layer",
+            module=model,
+            remedy=f"wrap it: {caller}(eagerq.QuantWrapper(model)), or in nn.Sequential if its input stays as it is",
+        )
+
+
 def check_unprepared(model: nn.Module, caller: str) -> None:
+    """Refuse a model that has been prepared or converted."""
     for module in model.modules():
         if isinstance(module, QuantizedModule):
             stamp_names(model)

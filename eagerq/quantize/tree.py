@@ -39,7 +39,7 @@ def unchanged_on_error(root: nn.Module) -> Iterator[None]:
             if qconfig is _MISSING:
                 module.__dict__.pop("qconfig", None)
             else:
-                module.qconfig = qconfig  # type: ignore[assignment]
+                module.qconfig = qconfig
         raise
 
 

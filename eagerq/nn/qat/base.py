@@ -36,7 +36,9 @@ class QATMixin(nn.Module):
         post_op: the activation fused behind, ``"relu"`` or None.
     """
 
-    _FLOAT_MODULE: ClassVar[type[nn.Module]]
+    _FLOAT_MODULE: ClassVar[Any]
+    _FLOAT_RELU: ClassVar[Any] = None  # the fused float module, where a ReLU is fused behind
+    _PARAMETERS: ClassVar[tuple[str, ...]] = ("weight", "bias")
     post_op: ClassVar[str | None] = None
 
     qconfig: Any
@@ -54,6 +56,8 @@ class QATMixin(nn.Module):
             raise InvalidConfigError("qconfig must be provided for QAT module", module=self)
         self.qconfig = qconfig
         self.weight_fake_quant = qconfig.weight()
+        if not self.weight.is_meta:
+            self.weight_fake_quant.to(self.weight.device)
 
     def _affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The stock module's own arithmetic, with a weight and bias of the caller's."""
@@ -94,7 +98,7 @@ class QATMixin(nn.Module):
         inner: Any = mod[0] if isinstance(mod, nn.Sequential) else mod
         # built on the meta device: no memory, no random numbers, as its parameters come from the float one
         new = cls(**cls._arguments(inner), qconfig=mod.qconfig, device="meta")
-        hand_over(inner, new, "weight", "bias")
+        hand_over(inner, new, *cls._PARAMETERS)
         new._adopt(mod)
         new.weight_fake_quant.to(inner.weight.device)
         new.train(mod.training)
@@ -115,6 +119,5 @@ class QATMixin(nn.Module):
         plain: Any = plain_class(**arguments)
         plain.weight = nn.Parameter(weight)
         plain.bias = None if bias is None else nn.Parameter(bias)
-        fused_with_relu: Any = getattr(self, "_FLOAT_RELU", None)
-        float_module: nn.Module = fused_with_relu(plain, nn.ReLU()) if fused_with_relu else plain
+        float_module: nn.Module = self._FLOAT_RELU(plain, nn.ReLU()) if self._FLOAT_RELU else plain
         return float_module.train(self.training)

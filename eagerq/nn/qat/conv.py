@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ class ConvQAT(QATMixin, nn.modules.conv._ConvNd):
     """The arithmetic and hyperparameters that every QAT convolution shares."""
 
     def _affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
+        y: Tensor = self._conv_forward(x, weight, bias)
         return y
 
     @classmethod
@@ -43,8 +43,8 @@ class _PlainConv(ConvQAT):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        # past the mixins, the next in line is torch's own class
-        super().__init__(
+        init: Any = super().__init__  # past the mixins, the next in line is torch's own class
+        init(
             in_channels,
             out_channels,
             kernel_size,
@@ -71,7 +71,7 @@ class Conv1d(_PlainConv, nn.Conv1d):
         InvalidConfigError: without a qconfig.
     """
 
-    _FLOAT_MODULE = nn.Conv1d
+    _FLOAT_MODULE: ClassVar[Any] = nn.Conv1d
 
 
 class Conv2d(_PlainConv, nn.Conv2d):
@@ -85,7 +85,7 @@ class Conv2d(_PlainConv, nn.Conv2d):
         InvalidConfigError: without a qconfig.
     """
 
-    _FLOAT_MODULE = nn.Conv2d
+    _FLOAT_MODULE: ClassVar[Any] = nn.Conv2d
 
 
 class Conv3d(_PlainConv, nn.Conv3d):
@@ -99,4 +99,4 @@ class Conv3d(_PlainConv, nn.Conv3d):
         InvalidConfigError: without a qconfig.
     """
 
-    _FLOAT_MODULE = nn.Conv3d
+    _FLOAT_MODULE: ClassVar[Any] = nn.Conv3d

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Linear(LinearQAT):
         torch.Size([2, 30])
     """
 
-    _FLOAT_MODULE = nn.Linear
+    _FLOAT_MODULE: ClassVar[Any] = nn.Linear
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from eagerq.nn.quantized.base import QuantizedModule, WeightedQuantizedModule
 from eagerq.nn.quantized.conv import Conv1d, Conv2d, Conv3d
+from eagerq.nn.quantized.embedding import Embedding, EmbeddingBag
 from eagerq.nn.quantized.functional_modules import FloatFunctional, FXFloatFunctional, QFunctional
 from eagerq.nn.quantized.linear import Linear
 from eagerq.nn.quantized.quantize import DeQuantize, Quantize
@@ -14,6 +15,8 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "Embedding",
+    "EmbeddingBag",
     "Linear",
     # the ends
     "DeQuantize",

@@ -17,7 +17,15 @@ from eagerq.observer import ObserverBase
 from eagerq.qtensor import QTensor
 from eagerq.scheme import integer_type, sharing
 
-__all__ = ["Output", "QuantizedModule", "WeightedQuantizedModule", "expect_quantized", "quantize_weight"]
+__all__ = [
+    "IntegerWeight",
+    "Output",
+    "QuantizedModule",
+    "RequantizingModule",
+    "WeightedQuantizedModule",
+    "expect_quantized",
+    "quantize_weight",
+]
 
 _Self = TypeVar("_Self", bound="WeightedQuantizedModule")
 
@@ -38,8 +46,9 @@ class Output(NamedTuple):
         Raises:
             InvalidConfigError: when the module has no observer, or one without parameters.
         """
-        observer = getattr(module, "activation_post_process", None)
-        if not isinstance(observer, (ObserverBase, FakeQuantizeBase)):
+        observer: Any = getattr(module, "activation_post_process", None)
+        known = isinstance(observer, (ObserverBase, FakeQuantizeBase))
+        if not known:
             raise InvalidConfigError(
                 "no observer is attached to its output (activation_post_process)",
                 module=module,
@@ -100,7 +109,7 @@ def quantize_weight(module: nn.Module, weight: Tensor, observer: Any, as_trained
     axis = observer.ch_axis if shared.per_channel else None
     low, high = inner.quant_min, inner.quant_max
     weight = weight.float()
-    if as_trained:
+    if as_trained and not shared.float_zero_point:  # with a float zero point, training rounds no differently
         integers = training_integers(weight, scale, zero_point, low, high, axis).to(kind.storage)
     elif axis is None:
         integers = kernels.quantize(weight, float(scale), int(zero_point), kind.storage, low, high)
@@ -126,58 +135,16 @@ def expect_quantized(module: nn.Module, x: Any) -> QTensor:
 
 
 class QuantizedModule(nn.Module):
-    """Base of the int8 modules: holds the output's parameters as Python numbers, saves them as tensors.
+    """Base of the int8 modules: whatever ``forward`` keeps its values in, they are saved as plain tensors."""
 
-    The state has ``scale`` (float32) and ``zero_point`` (of the output's integer dtype), both 0-d, and
-    ``quant_range`` (int32 ``[low, high]``) when fewer integers are used than the dtype has.
-    """
-
-    _optional_state: ClassVar[tuple[str, ...]] = ("quant_range",)
-
-    def __init__(self, output: Output | None = None) -> None:
-        super().__init__()
-        self.output = output or Output()
-
-    @property
-    def scale(self) -> float:
-        """Scale of the output."""
-        return self.output.scale
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        self.output = self.output._replace(scale=float(value))
-
-    @property
-    def zero_point(self) -> int:
-        """Zero point of the output."""
-        return self.output.zero_point
-
-    @zero_point.setter
-    def zero_point(self, value: int) -> None:
-        self.output = self.output._replace(zero_point=int(value))
+    _optional_state: ClassVar[tuple[str, ...]] = ()
 
     def _tensors(self) -> dict[str, Tensor]:
         """What the state_dict holds, by name."""
-        output = self.output
-        kind = integer_type(output.dtype)
-        state = {
-            "scale": torch.tensor(output.scale, dtype=torch.float32),
-            "zero_point": torch.tensor(output.zero_point, dtype=output.dtype),
-        }
-        if (output.low, output.high) != (kind.minimum, kind.maximum):
-            state["quant_range"] = torch.tensor([output.low, output.high], dtype=torch.int32)
-        return state
+        return {}
 
     def _take_tensors(self, state: Mapping[str, Tensor]) -> None:
         """Adopt values of :meth:`_tensors`; what is missing stays."""
-        kind = integer_type(self.output.dtype)
-        low, high = state.get("quant_range", torch.tensor([kind.minimum, kind.maximum])).tolist()
-        self.output = self.output._replace(
-            scale=float(state["scale"]) if "scale" in state else self.scale,
-            zero_point=int(state["zero_point"]) if "zero_point" in state else self.zero_point,
-            low=low,
-            high=high,
-        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -210,40 +177,115 @@ class QuantizedModule(nn.Module):
         if not error_msgs:
             self._take_tensors(found)
 
+
+class RequantizingModule(QuantizedModule):
+    """Base of those whose result is quantized: holds its parameters as Python numbers.
+
+    The state has ``scale`` (float32) and ``zero_point`` (of the output's integer dtype), both 0-d, and
+    ``quant_range`` (int32 ``[low, high]``) when fewer integers are used than the dtype has.
+    """
+
+    _optional_state: ClassVar[tuple[str, ...]] = ("quant_range",)
+
+    def __init__(self, output: Output | None = None) -> None:
+        super().__init__()
+        self.output = output or Output()
+
+    @property
+    def scale(self) -> float:
+        """Scale of the output."""
+        return self.output.scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self.output = self.output._replace(scale=float(value))
+
+    @property
+    def zero_point(self) -> int:
+        """Zero point of the output."""
+        return self.output.zero_point
+
+    @zero_point.setter
+    def zero_point(self, value: int) -> None:
+        self.output = self.output._replace(zero_point=int(value))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        output = self.output
+        kind = integer_type(output.dtype)
+        state = {
+            "scale": torch.tensor(output.scale, dtype=torch.float32),
+            "zero_point": torch.tensor(output.zero_point, dtype=output.dtype),
+        }
+        if (output.low, output.high) != (kind.minimum, kind.maximum):
+            state["quant_range"] = torch.tensor([output.low, output.high], dtype=torch.int32)
+        return state
+
+    def _take_tensors(self, state: Mapping[str, Tensor]) -> None:
+        kind = integer_type(self.output.dtype)
+        low, high = state.get("quant_range", torch.tensor([kind.minimum, kind.maximum])).tolist()
+        self.output = self.output._replace(
+            scale=float(state["scale"]) if "scale" in state else self.scale,
+            zero_point=int(state["zero_point"]) if "zero_point" in state else self.zero_point,
+            low=low,
+            high=high,
+        )
+
     def extra_repr(self) -> str:
         return f"scale={self.scale}, zero_point={self.zero_point}"
 
 
-class WeightedQuantizedModule(QuantizedModule):
-    """Base of int8 Linear and Conv: an integer weight, its scales, a float bias.
+class IntegerWeight(QuantizedModule):
+    """Base of those with a table of integers, kept in buffers: the methods have the state's names."""
 
-    Besides what :class:`QuantizedModule` saves, the state has ``weight`` (int8), ``weight_scale``
-    (float32 ``[1]`` or ``[out]``), ``weight_zero_point`` (same shape) and ``bias`` (float32, if any).
-    """
-
-    post_op: ClassVar[str | None] = None
-    _FLOAT_MODULE: ClassVar[Any]
+    _STORED = ("weight", "weight_scale", "weight_zero_point", "bias")
 
     _weight: Tensor
     _weight_scale: Tensor
     _weight_zero_point: Tensor
     _bias: Tensor | None
 
-    def _allocate(self, shape: tuple[int, ...], bias: bool, device: Any = None) -> None:
-        # the state's names are taken by the methods weight() and bias()
-        for name, value in (
-            ("_weight", torch.zeros(shape, dtype=torch.int8, device=device)),
-            ("_weight_scale", torch.ones(1, device=device)),
-            ("_weight_zero_point", torch.zeros(1, dtype=torch.int32, device=device)),
-            ("_bias", torch.zeros(shape[0], device=device) if bias else None),
-        ):
-            self.register_buffer(name, value, persistent=False)
+    def _store(self, *values: Tensor | None) -> None:
+        """Register the buffers; all after the last value given are left out."""
+        for name, value in zip(self._STORED, values, strict=False):
+            self.register_buffer(f"_{name}", value, persistent=False)
 
     def weight(self) -> QTensor:
         """The integer weight with its parameters."""
         if self._weight_scale.numel() == 1 != self._weight.shape[0]:
             return QTensor(self._weight, float(self._weight_scale), int(self._weight_zero_point))
         return QTensor(self._weight, self._weight_scale, self._weight_zero_point, 0)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        stored = ((name, self._buffers.get(f"_{name}")) for name in self._STORED)
+        return {**{name: value for name, value in stored if value is not None}, **super()._tensors()}
+
+    def _take_tensors(self, state: Mapping[str, Tensor]) -> None:
+        super()._take_tensors(state)
+        for name in self._STORED:
+            if name in state:
+                mine = self._buffers[f"_{name}"]
+                assert mine is not None
+                # a new tensor, so that nothing packed from the old one is taken for it
+                self._buffers[f"_{name}"] = state[name].detach().to(mine.device, mine.dtype, copy=True)
+
+
+class WeightedQuantizedModule(IntegerWeight, RequantizingModule):
+    """Base of int8 Linear and Conv: an integer weight, its scales, a float bias.
+
+    Besides what :class:`RequantizingModule` saves, the state has ``weight`` (int8), ``weight_scale``
+    (float32 ``[1]`` or ``[out]``), ``weight_zero_point`` (same shape) and ``bias`` (float32, if any).
+    """
+
+    post_op: ClassVar[str | None] = None
+    _FLOAT_MODULE: ClassVar[Any]
+
+    def _allocate(self, shape: tuple[int, ...], bias: bool, device: Any = None) -> None:
+        self._store(
+            torch.zeros(shape, dtype=torch.int8, device=device),
+            torch.ones(1, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+            torch.zeros(shape[0], device=device) if bias else None,
+        )
 
     def bias(self) -> Tensor | None:
         """The float bias, ``[out]``."""
@@ -265,25 +307,6 @@ class WeightedQuantizedModule(QuantizedModule):
         """The least integer of the output: a fused ReLU cuts at the zero point."""
         output = self.output
         return max(output.low, output.zero_point) if self.post_op == "relu" else output.low
-
-    def _tensors(self) -> dict[str, Tensor]:
-        state = {
-            "weight": self._weight,
-            "weight_scale": self._weight_scale,
-            "weight_zero_point": self._weight_zero_point,
-        }
-        if self._bias is not None:
-            state["bias"] = self._bias
-        return {**state, **super()._tensors()}
-
-    def _take_tensors(self, state: Mapping[str, Tensor]) -> None:
-        super()._take_tensors(state)
-        for name in ("weight", "weight_scale", "weight_zero_point", "bias"):
-            if name in state:
-                mine = self._buffers[f"_{name}"]
-                assert mine is not None
-                # a new tensor, so that nothing packed from the old one is taken for it
-                self._buffers[f"_{name}"] = state[name].detach().to(mine.device, mine.dtype, copy=True)
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:

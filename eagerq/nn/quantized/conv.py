@@ -41,7 +41,7 @@ class _ConvNd(WeightedQuantizedModule):
         self.kernel_size = each(kernel_size)
         self.stride = each(stride)
         self.dilation = each(dilation)
-        self.padding = padding if isinstance(padding, str) else each(padding)
+        self.padding: Any = padding if isinstance(padding, str) else each(padding)
         self.groups = groups
         self.padding_mode = padding_mode
         self.transposed = False

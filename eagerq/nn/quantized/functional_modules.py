@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eagerq import kernels
 from eagerq.errors import InvalidConfigError
-from eagerq.nn.quantized.base import Output, QuantizedModule, expect_quantized
+from eagerq.nn.quantized.base import Output, RequantizingModule, expect_quantized
 from eagerq.qtensor import QTensor
 from eagerq.scheme import integer_type
 
@@ -82,7 +82,7 @@ class FXFloatFunctional(FloatFunctional):
         return x
 
 
-class QFunctional(QuantizedModule, _Operations):
+class QFunctional(RequantizingModule, _Operations):
     """The operations of :class:`FloatFunctional` on QTensors, requantized to the learned range.
 
     Raises:

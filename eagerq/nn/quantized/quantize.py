@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from eagerq import kernels
 from eagerq.errors import InvalidInputError
-from eagerq.nn.quantized.base import Output, QuantizedModule
+from eagerq.nn.quantized.base import Output, RequantizingModule
 from eagerq.qtensor import QTensor
 from eagerq.scheme import integer_type
 
 __all__ = ["DeQuantize", "Quantize"]
 
 
-class Quantize(QuantizedModule):
+class Quantize(RequantizingModule):
     """Float tensor to QTensor of the same shape.
 
     Args:

@@ -1,0 +1,67 @@
+"""Max pooling of integers, which torch does one value at a time (or refuses) with channels last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.utils import _ntuple
+
+from eagerq.kernels.reference import MEMORY_FORMATS
+from eagerq.scheme import integer_type
+
+__all__ = ["max_pool"]
+
+
+def _windows(length: int, taps: int, every: int, pad: int, step: int, ceil_mode: bool) -> int:
+    """How many windows there are along an axis; a last one wholly in padding does not count."""
+    reach = length + 2 * pad - step * (taps - 1) - 1
+    if not ceil_mode:
+        return reach // every + 1
+    count = -(-reach // every) + 1
+    return count - 1 if (count - 1) * every >= length + pad else count
+
+
+def max_pool(
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Largest integer in each window, by whole slices of channels and one axis after the other.
+
+    Args:
+        x: integers ``[N, C, …]`` with one, two or three spatial axes.
+        others: as for :func:`torch.nn.functional.max_pool2d`.
+
+    Returns:
+        Integers of ``x``'s dtype with their channels last in memory (where there are two or more axes).
+    """
+    dim = x.dim() - 2
+    each = _ntuple(dim)
+    taps, pads, steps = each(kernel_size), each(padding), each(dilation)
+    strides = taps if stride is None or stride == [] else each(stride)
+    counts = [_windows(*axis, ceil_mode) for axis in zip(x.shape[2:], taps, strides, pads, steps, strict=True)]
+    y = x.contiguous(memory_format=MEMORY_FORMATS[x.dim()]).movedim(1, -1)
+    around = [0, 0]
+    for axis in reversed(range(dim)):
+        end = (counts[axis] - 1) * strides[axis] + steps[axis] * (taps[axis] - 1) + 1
+        around += [pads[axis], max(0, end - x.shape[axis + 2] - pads[axis])]
+    if any(around):
+        y = F.pad(y, around, value=integer_type(x.dtype).minimum)
+    for axis in range(dim):
+        last = (counts[axis] - 1) * strides[axis] + 1
+        slices = [
+            y.narrow(axis + 1, tap * steps[axis], last)[
+                (slice(None),) * (axis + 1) + (slice(None, None, strides[axis]),)
+            ]
+            for tap in range(taps[axis])
+        ]
+        y = slices[0]
+        for other in slices[1:]:
+            y = torch.maximum(y, other)
+    return y.movedim(-1, 1).contiguous(memory_format=MEMORY_FORMATS[x.dim()])
