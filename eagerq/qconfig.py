@@ -225,8 +225,9 @@ def get_default_qat_qconfig(backend: str = "x86", version: int | None = 1) -> QC
     return QConfig(activation, weight)
 
 
-def _flatten(factory: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def _flatten(factory: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     """The class behind nested factories, its arguments, and the callables that make arguments."""
+    arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = {}
     callables: dict[str, Any] = {}
     while isinstance(factory, (_PartialWrapper, partial)):
@@ -234,16 +235,18 @@ def _flatten(factory: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
             callables = {**factory.callable_args, **callables}
             factory = factory.p
         else:
+            arguments = (*factory.args, *arguments)
             keywords = {**factory.keywords, **keywords}
             factory = factory.func
-    return factory, keywords, callables
+    return factory, arguments, keywords, callables
 
 
 def _same_factory(first: Any, second: Any) -> bool:
-    first_class, first_keywords, first_callables = _flatten(first)
-    second_class, second_keywords, second_callables = _flatten(second)
+    first_class, first_arguments, first_keywords, first_callables = _flatten(first)
+    second_class, second_arguments, second_keywords, second_callables = _flatten(second)
     return (
         first_class == second_class
+        and first_arguments == second_arguments
         and first_callables == second_callables
         and first_keywords.keys() == second_keywords.keys()
         and all(_same_factory(value, second_keywords[name]) for name, value in first_keywords.items())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eagerq import kernels
 from eagerq.errors import InvalidArgumentError, InvalidInputError, calling_module
@@ -191,9 +191,12 @@ def _refuse(func: Any) -> NoReturn:
     name = getattr(func, "__name__", str(func))
     module = calling_module()
     operation = name.strip("_").lstrip("ri")
-    if type(module).__module__.startswith(("torch.", "eagerq.")):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        remedy = "fuse it into the layer before it (fuse_modules_qat), or put a DeQuantStub before it"
+    elif type(module).__module__.startswith(("torch.", "eagerq.")):
         remedy = (
-            "put a DeQuantStub before this float module, or give it a qconfig before prepare so that convert swaps it"
+            "put a DeQuantStub before this float module; or, if it has an int8 twin, give it a qconfig before "
+            "prepare, so that convert swaps it"
         )
     elif operation in ("add", "mul", "matmul"):
         remedy = (

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagerq.errors import InvalidInputError, calling_module
+from eagerq.kernels.pooling import max_pool
 from eagerq.qtensor import HANDLERS, QTensor
 from eagerq.scheme import integer_type
 
@@ -24,6 +25,7 @@ def _per_tensor(x: QTensor, func: Callable[..., Any]) -> None:
     if x.axis is not None:
         raise InvalidInputError(
             f"'{getattr(func, '__name__', func)}' is not defined on per-channel QTensors",
+            module=calling_module(),
             remedy="call .dequantize() first",
         )
 
@@ -98,26 +100,30 @@ for _func in [
     HANDLERS[_func] = _on_integers(_func)
 
 
-def _pooled(func: Callable[..., Any]) -> Callable[..., Any]:
+def _pooled(func: Callable[..., Any], dim: int) -> Callable[..., Any]:
     on_integers, through_float = _on_integers(func), _through_float(func)
 
-    def handler(x: QTensor, *args: Any, **kwargs: Any) -> Any:
-        return (on_integers if x.is_cpu else through_float)(x, *args, **kwargs)
+    def handler(x: QTensor, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
+        if return_indices:
+            return through_float(x, *args, return_indices=True, **kwargs)
+        if x.is_cpu and x.is_contiguous():
+            return on_integers(x, *args, **kwargs)
+        # integers elsewhere, or with their channels last, torch does not pool
+        if x.dim() == dim + 2:
+            _per_tensor(x, func)
+            return x.like(max_pool(x.integers, *args, **kwargs))
+        return through_float(x, *args, **kwargs)
 
     return handler
 
 
-# the processor pools integers; other devices, and other kinds of maximum, take only floats
-_integer_pools: list[Any] = [
-    *_named("max_pool2d", "max_pool3d"),
-    *(F.max_pool2d, F.max_pool3d, F.max_pool2d_with_indices, F.max_pool3d_with_indices),
-]
-for _func in _integer_pools:
-    HANDLERS[_func] = _pooled(_func)
+for _name, _dim in (("max_pool2d", 2), ("max_pool3d", 3)):
+    for _func in (getattr(F, _name), getattr(torch, _name)):
+        HANDLERS[_func] = _pooled(_func, _dim)
 for _func in [
     *_named("max_pool1d", "max_pool1d_with_indices", "adaptive_max_pool1d"),
+    *(getattr(F, f"max_pool{dim}d_with_indices") for dim in (1, 2, 3)),
     F.max_pool1d,
-    F.max_pool1d_with_indices,
     *(getattr(F, f"adaptive_max_pool{dim}d{suffix}") for dim in (1, 2, 3) for suffix in ("", "_with_indices")),
 ]:
     HANDLERS[_func] = _through_float(_func)
@@ -204,6 +210,7 @@ def _same_parameters(a: Any, b: Any, name: str) -> None:
         if not isinstance(x, QTensor):
             raise InvalidInputError(
                 f"'{name}' got a float tensor beside a quantized one",
+                module=calling_module(),
                 remedy="quantize it too (QuantStub), or dequantize the other",
             )
         _per_tensor(x, lambda: name)
@@ -211,6 +218,7 @@ def _same_parameters(a: Any, b: Any, name: str) -> None:
         raise InvalidInputError(
             f"'{name}' got quantized tensors with different parameters: scale {a.scale} and zero point "
             f"{a.zero_point} beside {b.scale} and {b.zero_point}",
+            module=calling_module(),
             remedy="use a FloatFunctional of the model instead (self.ff.cat(…)), which learns the result's range",
         )
 
@@ -221,7 +229,7 @@ def _integer(x: QTensor, value: float | None) -> int | None:
         return None
     kind = integer_type(x.integers.dtype)
     steps = max(-(2.0**33), min(2.0**33, float(value) / x.scale))  # thresholds may be infinite
-    return max(kind.minimum, min(kind.maximum, round(steps) + x.zero_point))
+    return max(kind.minimum, min(kind.maximum, round(steps + x.zero_point)))
 
 
 def _clamped(x: QTensor, low: float | None, high: float | None, inplace: bool, func: Callable[..., Any]) -> QTensor:

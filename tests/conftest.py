@@ -131,9 +131,7 @@ def ao() -> Iterator[Oracle]:
         try:
             packages = {name: importlib.import_module(path) for name, path in ORACLE_PACKAGES.items()}
         except ImportError as error:
-            pytest.skip(
-                f"torch.ao is the oracle of this test, and torch {torch.__version__} lacks it: {error}"
-            )
+            pytest.skip(f"torch.ao is the oracle of this test, and torch {torch.__version__} lacks it: {error}")
         engines = torch.backends.quantized.supported_engines
         if "onednn" not in engines:
             pytest.skip(f"the oracle's engine is onednn, and this build of torch has only {engines}")

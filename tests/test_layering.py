@@ -190,8 +190,7 @@ def check_forbidden(path: str, text: str) -> list[str]:
 def _fenced(path: str, name: str) -> bool:
     # torch.ao, where torch.ao.quantization.fx._decomposed is allowed, is a step on the way there.
     return any(
-        f"{name}.".startswith(f"{allowed}.") or f"{allowed}.".startswith(f"{name}.")
-        for allowed in FENCED.get(path, ())
+        f"{name}.".startswith(f"{allowed}.") or f"{allowed}.".startswith(f"{name}.") for allowed in FENCED.get(path, ())
     )
 
 

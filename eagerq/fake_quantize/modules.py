@@ -92,11 +92,16 @@ class FakeQuantizeBase(_WithArgs, ABC, nn.Module):
     def _remember(self, name: str, buffer: Tensor) -> None:
         self._seen[name] = (buffer, -1 if buffer.is_inference() else buffer._version)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": {}}  # the buffers of a copy count their versions anew
+
     def _changed(self, name: str) -> Tensor | None:
         """The switch's buffer, if somebody replaced it or wrote to it since we last looked."""
         buffer = self._buffers[name]
-        seen, version = self._seen[name]
-        if buffer is None or (buffer is seen and not buffer.is_inference() and buffer._version == version):
+        seen, version = self._seen.get(name, (None, -1))
+        if buffer is None or buffer.is_meta:
+            return None
+        if buffer is seen and not buffer.is_inference() and buffer._version == version:
             return None
         self._remember(name, buffer)
         return buffer
@@ -108,6 +113,10 @@ class FakeQuantizeBase(_WithArgs, ABC, nn.Module):
             self._fake_quant_on = bool(buffer.item())
         if (buffer := self._changed("observer_enabled")) is not None:
             self._observer_on = bool(buffer.item())
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._read_switches()  # compiled code will not look at the buffers
 
 
 class FakeQuantize(FakeQuantizeBase):
@@ -201,7 +210,11 @@ class FakeQuantize(FakeQuantizeBase):
         """Float tensor of any shape to the same shape and dtype."""
         self._read_switches()
         if self._observer_on:
-            self._observe(x)
+            if torch.compiler.is_compiling():
+                self._observe(x)
+            else:  # what a first evaluation allocates has to serve the training that follows
+                with torch.inference_mode(self.scale.is_inference()):
+                    self._observe(x)
         if self._fake_quant_on:
             axis = self.ch_axis if self.is_per_channel else None
             x = fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max, axis)
@@ -282,11 +295,12 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         self.is_symmetric_quant = sharing(self.qscheme).symmetric
 
     def _observe(self, x: Tensor) -> None:
-        if not can_update_natively(x):
+        observer = self.activation_post_process
+        single = self.scale.dtype is observer.min_val.dtype is torch.float32
+        if not single or not can_update_natively(x):
             return super()._observe(x)
         if x.numel() == 0:
             return None
-        observer = self.activation_post_process
         low, high = min_max(x.detach(), self.ch_axis if self.is_per_channel else None)
         observer.check_channels(low)
         updated = update_natively(
@@ -301,8 +315,8 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
             self.quant_max,
             self.is_symmetric_quant,
         )
-        if not updated:
-            observer.nonfinite_batches += 1
+        if not updated:  # the formulas leave out only the channels concerned, and count
+            super()._observe(x)
         return None
 
     def _training_qparams(self) -> tuple[Tensor, Tensor]:

@@ -88,8 +88,11 @@ class BatchNormMixin(QATMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         factor = self._fold_factor()
-        dim = self.weight.dim()
-        weight = self.weight_fake_quant(self.weight * factor.reshape(channel_shape(dim, 0)))
+        # a channel that the batch norm multiplies by zero still has statistics and gradients
+        factor = torch.where(factor == 0, 1.0, factor)
+        weight = self.weight  # once, since parametrizations compute it
+        dim = weight.dim()
+        weight = self.weight_fake_quant(weight * factor.reshape(channel_shape(dim, 0)))
         shape = channel_shape(dim, 1)
         y = self._affine(x, weight, None) / factor.reshape(shape)
         if self.bias is not None:

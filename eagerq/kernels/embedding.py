@@ -6,17 +6,23 @@ sums 8-bit rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["embedding", "embedding_bag"]
 
+# How many values a CPU makes real at a time: enough to share between threads, few enough for its caches.
+_PIECE = 1 << 20
+
 
 def _centred(indices: Tensor, weight: Tensor, zero_point: Tensor) -> Tensor:
     """``weight[indices] - zero_point[indices]`` in float32; an index out of range is an IndexError."""
-    rows = weight.index_select(0, indices).to(torch.float32)
-    return rows.sub_(zero_point.index_select(0, indices)[:, None])
+    # the result comes before the bytes: a heap whose last block is freed first is given back at every call
+    rows = torch.empty(indices.shape[0], weight.shape[1], dtype=torch.float32, device=weight.device)
+    return rows.copy_(weight.index_select(0, indices)).sub_(zero_point.index_select(0, indices)[:, None])
 
 
 def embedding(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -67,13 +73,58 @@ def embedding_bag(
     """
     if offsets is None:
         bags, length = indices.shape
-        offsets = torch.arange(bags, device=indices.device) * length
-        include_last_offset = False
-    flat = indices.reshape(-1)
-    rows = _centred(flat, weight, zero_point)
-    factor = scale.index_select(0, flat).to(torch.float32)
-    padding = None if padding_idx is None else flat == padding_idx
-    positions = torch.arange(flat.shape[0], device=offsets.device, dtype=offsets.dtype)
+        offsets, include_last_offset = torch.arange(bags, device=indices.device) * length, False
+        indices = indices.reshape(-1)
+        per_sample_weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
+    table = (weight, scale, zero_point)
+    count, columns = indices.shape[0], weight.shape[1]
+    if (
+        torch.compiler.is_compiling()
+        or indices.device.type != "cpu"
+        or count * columns <= 2 * _PIECE
+        or not _in_order(offsets, count)  # torch's own operator says what is wrong
+    ):
+        return _bags(indices, *table, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
+    starts = torch.cat([offsets, offsets.new_tensor([count])]) if not include_last_offset else offsets
+    results = []
+    for first, last in _pieces(starts, columns):
+        begin, end = int(starts[first]), int(starts[last])
+        factors = None if per_sample_weights is None else per_sample_weights[begin:end]
+        own = starts[first:last] - begin
+        results.append(_bags(indices[begin:end], *table, own, mode, factors, False, padding_idx))
+    return torch.cat(results)
+
+
+def _in_order(offsets: Tensor, count: int) -> bool:
+    return bool(offsets[0] == 0) and bool(offsets[-1] <= count) and bool((offsets[1:] >= offsets[:-1]).all())
+
+
+def _pieces(starts: Tensor, columns: int) -> Iterator[tuple[int, int]]:
+    """Runs of whole bags, first and past the last, each of about ``_PIECE`` values; ends come with starts."""
+    marks = torch.arange(0, int(starts[-1]), max(_PIECE // columns, 1), dtype=starts.dtype)
+    bags = len(starts) - 1
+    cuts = torch.searchsorted(starts[:-1].contiguous(), marks).unique().tolist()
+    for first, last in zip(cuts, [*cuts[1:], bags], strict=True):
+        if first < last:
+            yield first, last
+
+
+def _bags(
+    indices: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    offsets: Tensor,
+    mode: str,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> Tensor:
+    """:func:`embedding_bag` of 1-d indices, all at once."""
+    rows = _centred(indices, weight, zero_point)
+    factor = scale.index_select(0, indices).to(torch.float32)
+    padding = None if padding_idx is None else indices == padding_idx
+    positions = torch.arange(indices.shape[0], device=offsets.device, dtype=offsets.dtype)
     if mode == "max":
         rows.mul_(factor[:, None])
         if padding is None:
@@ -82,7 +133,7 @@ def embedding_bag(
         most = F.embedding_bag(positions, rows, offsets, mode="max", include_last_offset=include_last_offset)
         return most.masked_fill(most == -torch.inf, 0.0)  # nothing but padding
     if per_sample_weights is not None:
-        factor = factor * per_sample_weights.reshape(-1).to(torch.float32)
+        factor = factor * per_sample_weights.to(torch.float32)
     if padding is not None:
         factor = factor.masked_fill(padding, 0.0)
 

@@ -1,7 +1,7 @@
 """int8 linear and convolution on x86 through oneDNN's operators, which take plain integer tensors.
 
 What they cannot do exactly is refused here (``NotImplemented``) and goes to the reference:
-asymmetric weights, outputs of other types than 8-bit integers, sums that could leave int32 (or int16,
+outputs of other types than 8-bit integers, weights most of whose zero points are not zero, sums that could leave int32 (or int16,
 on processors without VNNI), and convolutions with a window wholly in padding, which oneDNN gets wrong
 for thin groups.  So are shapes that do not fit each other, which it would not always notice.
 """
@@ -9,14 +9,15 @@ for thin groups.  So are shapes that do not fit each other, which it would not a
 from __future__ import annotations
 
 import platform
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from eagerq.kernels import reference
+from eagerq.kernels.packing import pack
 from eagerq.kernels.reference import channels_last
 
 __all__ = ["available", "conv", "linear"]
@@ -34,44 +35,6 @@ def available() -> bool:
         and torch.backends.mkldnn.is_available()
         and all(hasattr(torch.ops.onednn, name) for name in _NAMES)
     )
-
-
-class _Packed(NamedTuple):
-    """A weight in oneDNN's own layout, and what it was packed for."""
-
-    alive: weakref.ref[Tensor]
-    zero_point: Tensor
-    versions: tuple[int, int]
-    key: Any
-    weight: Tensor | None  # None: oneDNN cannot run it
-
-
-# Packed weights live as long as the integer weight they come from, which alone is the model's state:
-# a weight that is loaded, moved or copied is a new tensor or version, and is packed anew.
-_packed: dict[int, _Packed] = {}
-
-
-def _pack(weight: Tensor, zero_point: Tensor, key: Any, pack: Callable[[], Tensor]) -> Tensor | None:
-    """The packed weight, made on first use; None when its zero points are not all zero."""
-    if weight.is_inference() or zero_point.is_inference():  # has no version to tell a change by
-        return None if zero_point.any() else pack()
-    number, versions = id(weight), (weight._version, zero_point._version)
-    entry = _packed.get(number)
-    if (
-        entry is None
-        or entry.alive() is not weight
-        or entry.zero_point is not zero_point
-        or entry.versions != versions
-        or entry.key != key
-    ):
-
-        def forget(_: Any) -> None:
-            _packed.pop(number, None)
-
-        alive = weakref.ref(weight, forget)
-        entry = _Packed(alive, zero_point, versions, key, None if zero_point.any() else pack())
-        _packed[number] = entry
-    return entry.weight
 
 
 @lru_cache(maxsize=1)
@@ -137,7 +100,7 @@ def linear(
         or _too_big(x)
     ):
         return NotImplemented
-    packed = _pack(weight, weight_zero_point, "linear", lambda: torch.ops.onednn.qlinear_prepack.default(weight, None))
+    packed = pack(weight, weight_zero_point, "linear", lambda: torch.ops.onednn.qlinear_prepack.default(weight, None))
     if packed is None:
         return NotImplemented
     attr, scalars, _ = _post_op(2, scale, zero_point, dtype, low, high)
@@ -145,9 +108,9 @@ def linear(
         x.reshape(rows, x.shape[-1]).contiguous(),
         x_scale,
         x_zero_point,
-        packed,
+        packed.weight,
         weight_scale,
-        weight_zero_point,
+        packed.zero,
         bias,
         scale,
         zero_point,
@@ -156,7 +119,11 @@ def linear(
         scalars,
         "",
     )
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    y = y.reshape(*x.shape[:-1], y.shape[-1])
+    if packed.odd is not None:
+        some = packed.rows(weight, weight_scale, weight_zero_point, bias)
+        y[..., packed.odd] = reference.linear(x, x_scale, x_zero_point, *some, scale, zero_point, dtype, low, high)
+    return y
 
 
 @lru_cache(maxsize=1024)
@@ -211,7 +178,7 @@ def conv(
     x = channels_last(x)
     # a single image is worth packing for its very shape
     shape = list(x.shape) if x.shape[0] == 1 else None
-    packed = _pack(
+    packed = pack(
         weight,
         weight_zero_point,
         (x_scale, x_zero_point, shape, stride, padding, dilation, groups),
@@ -226,9 +193,9 @@ def conv(
         x,
         x_scale,
         x_zero_point,
-        packed,
+        packed.weight,
         weight_scale,
-        weight_zero_point,
+        packed.zero,
         bias,
         stride,
         padding,
@@ -241,4 +208,15 @@ def conv(
         scalars,
         "",
     )
-    return y.clamp_(low, high) if unclamped else y
+    if unclamped:
+        y.clamp_(low, high)
+    if packed.odd is not None:
+        # each of them becomes a group of its own, with the inputs that it sees
+        seen = torch.div(packed.odd, weight.shape[0] // groups, rounding_mode="floor")
+        inputs = x if groups == 1 else x.unflatten(1, (groups, -1))[:, seen].flatten(1, 2)
+        some = packed.rows(weight, weight_scale, weight_zero_point, bias)
+        how = (stride, padding, dilation, 1 if groups == 1 else len(seen))
+        y[:, packed.odd] = reference.conv(
+            inputs, x_scale, x_zero_point, *some, *how, scale, zero_point, dtype, low, high
+        )
+    return y

@@ -164,6 +164,14 @@ def _steps(y: Tensor, factor: float, zero_point: int, dtype: torch.dtype, low: i
     return _stored(y.mul_(factor).round_().add_(zero_point), dtype, low, high)
 
 
+def _scaled(q: Tensor, scale: float, zero_point: int) -> Tensor:
+    """``q·scale - zero_point·scale``, the difference rounded once (fused multiply-add), as sums have always had it."""
+    shift = -single(single(scale) * zero_point)
+    if torch.compiler.is_compiling():  # would multiply and add apart; float64 holds the exact difference
+        return (q.double() * single(scale) + shift).to(torch.float32)
+    return torch.add(torch.tensor(shift), q.to(torch.float32), alpha=scale)
+
+
 def add(
     a: Tensor,
     a_scale: float,
@@ -178,7 +186,7 @@ def add(
     high: int,
 ) -> Tensor:
     """``a + b`` of two quantized tensors (broadcasting), requantized."""
-    total = dequantize(a, a_scale, a_zero_point) + dequantize(b, b_scale, b_zero_point)
+    total = _scaled(a, a_scale, a_zero_point) + _scaled(b, b_scale, b_zero_point)
     return _steps(total, _inverse(scale), zero_point, dtype, low, high)
 
 

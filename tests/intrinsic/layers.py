@@ -49,11 +49,7 @@ PLAIN = (Kind("Linear"), *(Kind("Conv", dim) for dim in (1, 2, 3)))
 FUSED = (
     Kind("Linear", relu=True),
     Kind("Linear", bn=True),
-    *(
-        Kind("Conv", dim, bn, relu)
-        for dim in (1, 2, 3)
-        for bn, relu in ((False, True), (True, False), (True, True))
-    ),
+    *(Kind("Conv", dim, bn, relu) for dim in (1, 2, 3) for bn, relu in ((False, True), (True, False), (True, True))),
 )
 KINDS = PLAIN + FUSED
 WITH_BN = tuple(kind for kind in FUSED if kind.bn)
@@ -210,11 +206,11 @@ class Phase:
     training: bool = True
 
     def apply(self, module: Any) -> None:
+        if hasattr(module, "bn"):
+            (module.freeze_bn_stats if self.frozen else module.update_bn_stats)()
         module.train(self.training)
         module.weight_fake_quant.enable_observer(self.observer)
         module.weight_fake_quant.enable_fake_quant(self.fake_quant)
-        if hasattr(module, "bn"):
-            (module.freeze_bn_stats if self.frozen else module.update_bn_stats)()
 
 
 PHASES = st.builds(Phase, st.booleans(), st.booleans(), st.booleans(), st.booleans())
@@ -235,7 +231,7 @@ def run(module: Any, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) 
     """Forward and backward; modules with outputs of the same shape get the same upstream gradient."""
     x = x.clone().requires_grad_()
     module.zero_grad()
-    output = (call or module)(x)
+    output = (module if call is None else call)(x)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(output)
     output.backward(upstream)
     gradients = {"input": x.grad, **{name: value.grad for name, value in module.named_parameters()}}
@@ -257,7 +253,7 @@ def gradient_unit(name: str, gradient: Tensor, step: Step) -> Tensor:
     """The norm that a difference between gradients is to be compared with: its own, as a rule."""
     # sums over the batch, whose terms may cancel: a bias before a batch norm has no effect at all
     sums = name.startswith("bn.") or (name == "bias" and step.bn_trains)
-    return step.upstream.norm() if sums else gradient.norm()
+    return torch.maximum(gradient.norm(), step.upstream.norm()) if sums else gradient.norm()
 
 
 def assert_same_state(ours: dict[str, Tensor], theirs: dict[str, Tensor], leave: Iterable[str] = ()) -> None:
@@ -268,7 +264,8 @@ def assert_same_state(ours: dict[str, Tensor], theirs: dict[str, Tensor], leave:
         assert ours[name].dtype == value.dtype, name
         if name not in leave:
             rtol = STATISTIC if value.is_floating_point() else 0
-            torch.testing.assert_close(ours[name], value, rtol=rtol, atol=0, equal_nan=True, msg=lambda m, n=name: n + m)
+            close = torch.testing.assert_close
+            close(ours[name], value, rtol=rtol, atol=0, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def assert_same_pass(ours: Step, theirs: Step, output: float = OUTPUT, gradient: float = GRADIENT) -> None:

@@ -23,6 +23,8 @@ def hand_over(source: nn.Module, target: nn.Module, *names: str) -> None:
     """Give ``target`` the very parameters of ``source`` (with any parametrizations)."""
     for name in names:
         if is_parametrized(source, name):
+            # to register a parametrization is to run it, so it must find values that it can take
+            setattr(target, name, nn.Parameter(getattr(source, name).detach()))
             transfer_parametrizations_and_params(source, target, name)
         else:
             setattr(target, name, getattr(source, name))
@@ -113,7 +115,8 @@ class QATMixin(nn.Module):
 
     def to_float(self) -> nn.Module:
         """The float module for inference, with the trained parameters (any batch norm folded in)."""
-        plain_class = next(base for base in type(self).__mro__ if base.__module__.startswith("torch.nn"))
+        bases = type_before_parametrizations(self).__mro__
+        plain_class = next(base for base in bases if base.__module__.startswith("torch.nn"))
         weight, bias = self.folded(as_trained=False)
         arguments = {**self._arguments(self), "bias": bias is not None, "device": "meta"}
         plain: Any = plain_class(**arguments)

@@ -37,7 +37,7 @@ class _EmbeddingQAT(QATMixin):
             raise InvalidConfigError(
                 f"{cls._TITLE} weights requires a qscheme of torch.per_channel_affine_float_qparams, got {qscheme}",
                 module=module,
-                remedy="give it default_embedding_qat_qconfig of eagerq.qconfig, by its name or type",
+                remedy="set its qconfig to eagerq.default_embedding_qat_qconfig",
             )
 
     @classmethod

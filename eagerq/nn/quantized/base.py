@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from eagerq import kernels
 from eagerq.errors import InvalidConfigError, InvalidInputError
 from eagerq.fake_quantize import FakeQuantizeBase
-from eagerq.functional import training_integers
+from eagerq.functional import channel_shape, min_max, training_integers
 from eagerq.observer import ObserverBase
 from eagerq.qtensor import QTensor
-from eagerq.scheme import integer_type, sharing
+from eagerq.scheme import IntegerType, integer_type, sharing
 
 __all__ = [
     "IntegerWeight",
@@ -110,7 +110,9 @@ def quantize_weight(module: nn.Module, weight: Tensor, observer: Any, as_trained
     low, high = inner.quant_min, inner.quant_max
     weight = weight.float()
     if as_trained and not shared.float_zero_point:  # with a float zero point, training rounds no differently
-        integers = training_integers(weight, scale, zero_point, low, high, axis).to(kind.storage)
+        steps = training_integers(weight, scale, zero_point, low, high, axis)
+        steps, zero_point = _centred(steps, zero_point, axis, kind)
+        integers = steps.to(kind.storage)
     elif axis is None:
         integers = kernels.quantize(weight, float(scale), int(zero_point), kind.storage, low, high)
     else:
@@ -118,14 +120,29 @@ def quantize_weight(module: nn.Module, weight: Tensor, observer: Any, as_trained
     return QTensor(integers, scale.float(), zero_point.to(integers.device), 0 if axis is None else axis)
 
 
+def _centred(steps: Tensor, zero_point: Tensor, axis: int | None, kind: IntegerType) -> tuple[Tensor, Tensor]:
+    """The same values with zero point 0, which kernels want, in each channel where they fit the dtype."""
+    shape = channel_shape(steps.dim(), axis or 0)
+    centred = steps - zero_point.reshape(shape)
+    low, high = min_max(centred, axis)
+    fits = ((low >= kind.minimum) & (high <= kind.maximum)).reshape(-1)
+    return torch.where(fits.reshape(shape), centred, steps), torch.where(fits, 0, zero_point)
+
+
 def expect_quantized(module: nn.Module, x: Any) -> QTensor:
-    """``x``, if it is a QTensor.
+    """``x``, if it is a QTensor with one scale.
 
     Raises:
         InvalidInputError: naming the module, for anything else.
     """
     if isinstance(x, QTensor):
-        return x
+        if x.axis is None:
+            return x
+        raise InvalidInputError(
+            f"expected one scale and zero point, got one for each index of axis {x.axis}",
+            module=module,
+            remedy="quantize activations per tensor; only weights are quantized per channel",
+        )
     got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
     raise InvalidInputError(
         f"expected a quantized tensor (QTensor), got {got}",
@@ -143,8 +160,8 @@ class QuantizedModule(nn.Module):
         """What the state_dict holds, by name."""
         return {}
 
-    def _take_tensors(self, state: Mapping[str, Tensor]) -> None:
-        """Adopt values of :meth:`_tensors`; what is missing stays."""
+    def _take_tensors(self, state: Mapping[str, Tensor], assign: bool) -> None:
+        """Adopt values of :meth:`_tensors`, the very tensors to ``assign`` them; what is missing stays."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -175,7 +192,7 @@ class QuantizedModule(nn.Module):
                     f"{tuple(known[name].shape)} in the model"
                 )
         if not error_msgs:
-            self._take_tensors(found)
+            self._take_tensors(found, assign=local_metadata.get("assign_to_params_buffers", False))
 
 
 class RequantizingModule(QuantizedModule):
@@ -220,7 +237,7 @@ class RequantizingModule(QuantizedModule):
             state["quant_range"] = torch.tensor([output.low, output.high], dtype=torch.int32)
         return state
 
-    def _take_tensors(self, state: Mapping[str, Tensor]) -> None:
+    def _take_tensors(self, state: Mapping[str, Tensor], assign: bool) -> None:
         kind = integer_type(self.output.dtype)
         low, high = state.get("quant_range", torch.tensor([kind.minimum, kind.maximum])).tolist()
         self.output = self.output._replace(
@@ -259,14 +276,15 @@ class IntegerWeight(QuantizedModule):
         stored = ((name, self._buffers.get(f"_{name}")) for name in self._STORED)
         return {**{name: value for name, value in stored if value is not None}, **super()._tensors()}
 
-    def _take_tensors(self, state: Mapping[str, Tensor]) -> None:
-        super()._take_tensors(state)
+    def _take_tensors(self, state: Mapping[str, Tensor], assign: bool) -> None:
+        super()._take_tensors(state, assign)
         for name in self._STORED:
             if name in state:
-                mine = self._buffers[f"_{name}"]
+                mine, value = self._buffers[f"_{name}"], state[name].detach()
                 assert mine is not None
+                device = value.device if assign else mine.device
                 # a new tensor, so that nothing packed from the old one is taken for it
-                self._buffers[f"_{name}"] = state[name].detach().to(mine.device, mine.dtype, copy=True)
+                self._buffers[f"_{name}"] = value.to(device, mine.dtype, copy=not assign)
 
 
 class WeightedQuantizedModule(IntegerWeight, RequantizingModule):

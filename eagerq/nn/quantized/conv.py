@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.utils import _ntuple
 
 from eagerq import kernels
+from eagerq.errors import InvalidInputError
 from eagerq.nn.quantized.base import WeightedQuantizedModule, expect_quantized
 from eagerq.qtensor import QTensor
 
@@ -75,6 +76,12 @@ class _ConvNd(WeightedQuantizedModule):
     def forward(self, x: QTensor) -> QTensor:
         x = expect_quantized(self, x)
         integers = x.integers
+        if integers.dim() != self._dim + 2 or integers.shape[1] != self.in_channels:
+            raise InvalidInputError(
+                f"expected {self._dim + 2} dimensions, [N, {self.in_channels}, …], got shape {tuple(integers.shape)}",
+                module=self,
+                remedy="check its channels, or add the batch dimension with .unsqueeze(0)",
+            )
         if self._around is not None:
             zeros = self.padding_mode == "zeros"
             mode = "constant" if zeros else self.padding_mode
@@ -128,7 +135,7 @@ class Conv1d(_ConvNd):
     Arguments as there; every padding mode is taken, and padding with zeros means real zeros.
 
     Raises:
-        InvalidInputError: in ``forward``, for a float tensor.
+        InvalidInputError: in ``forward``, for a float tensor, or one of another shape.
     """
 
     _dim = 1
@@ -141,7 +148,7 @@ class Conv2d(_ConvNd):
     Arguments as there; every padding mode is taken, and padding with zeros means real zeros.
 
     Raises:
-        InvalidInputError: in ``forward``, for a float tensor.
+        InvalidInputError: in ``forward``, for a float tensor, or one of another shape.
     """
 
     _dim = 2
@@ -154,7 +161,7 @@ class Conv3d(_ConvNd):
     Arguments as there; every padding mode is taken, and padding with zeros means real zeros.
 
     Raises:
-        InvalidInputError: in ``forward``, for a float tensor.
+        InvalidInputError: in ``forward``, for a float tensor, or one of another shape.
     """
 
     _dim = 3

@@ -30,7 +30,7 @@ def _check_dtype(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
         raise UnsupportedError(
             "rows of 4 bits (uint4) are planned, but not there yet",
             module=module,
-            remedy="use 8 bits: default_embedding_qat_qconfig or float_qparams_weight_only_qconfig",
+            remedy="use 8 bits: eagerq.default_embedding_qat_qconfig or eagerq.float_qparams_weight_only_qconfig",
         )
     if stored is not torch.uint8:
         raise UnsupportedError(f"rows are stored in uint8, not in {dtype}", module=module, remedy="pass torch.uint8")
@@ -195,7 +195,7 @@ class Embedding(IntegerWeight):
             raise InvalidConfigError(
                 f"{cls.__name__} is quantized with torch.per_channel_affine_float_qparams only, got {observer.qscheme}",
                 module=mod,
-                remedy="give it float_qparams_weight_only_qconfig of eagerq.qconfig, by its name or type",
+                remedy="set its qconfig to eagerq.float_qparams_weight_only_qconfig",
             )
         _check_dtype(mod, observer.dtype)
         refresh = not (trained and use_precomputed_fake_quant)

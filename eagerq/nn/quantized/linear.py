@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from eagerq import kernels
+from eagerq.errors import InvalidInputError
 from eagerq.nn.quantized.base import WeightedQuantizedModule, expect_quantized
 from eagerq.qtensor import QTensor
 
@@ -23,7 +24,7 @@ class Linear(WeightedQuantizedModule):
         dtype: dtype of the weight; int8.
 
     Raises:
-        InvalidInputError: in ``forward``, for a float tensor.
+        InvalidInputError: in ``forward``, for a float tensor, or one of another shape.
 
     Example:
         >>> import torch, eagerq
@@ -52,9 +53,16 @@ class Linear(WeightedQuantizedModule):
 
     def forward(self, x: QTensor) -> QTensor:
         x = expect_quantized(self, x)
+        integers = x.integers
+        if integers.shape[-1:] != (self.in_features,):
+            raise InvalidInputError(
+                f"expected shape […, {self.in_features}], got {tuple(integers.shape)}",
+                module=self,
+                remedy="check in_features, or flatten the tensor before",
+            )
         scale, zero_point, dtype, _, high = self.output
         y = kernels.linear(
-            x.integers,
+            integers,
             x.scale,
             x.zero_point,
             self._weight,

@@ -1,0 +1,94 @@
+"""Weights in a backend's own layout, made when first needed and kept as long as the weight they come from."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Packed", "pack"]
+
+
+class Packed(NamedTuple):
+    """A weight packed as if its zero points were all zero, and what that leaves to mend.
+
+    Attributes:
+        weight: in the backend's layout.
+        zero: zero points to give the backend.
+        odd: int64 indices of the output channels whose zero point is not zero, to be computed
+            otherwise; None when there are none.
+    """
+
+    weight: Tensor
+    zero: Tensor
+    odd: Tensor | None
+
+    def rows(
+        self, weight: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The odd channels of a layer's parameters."""
+        assert self.odd is not None
+        return (
+            weight[self.odd],
+            scale if scale.numel() == 1 else scale[self.odd],
+            zero_point[self.odd],
+            None if bias is None else bias[self.odd],
+        )
+
+
+class _Entry(NamedTuple):
+    alive: weakref.ref[Tensor]
+    zero_point: Tensor
+    versions: tuple[int, int]
+    key: Any
+    packed: Packed | None
+
+
+# The integer weight alone is a model's state: one that is loaded, moved or copied is a new tensor or a
+# new version, and is packed anew.
+_entries: dict[int, _Entry] = {}
+
+
+def _make(zero_point: Tensor, make: Callable[[], Tensor]) -> Packed | None:
+    odd = zero_point.nonzero().flatten()
+    if len(odd) == 0:
+        return Packed(make(), zero_point, None)
+    # training gives a channel whose weights share a sign a zero point of its own; seldom are they many
+    if 2 * len(odd) > len(zero_point):
+        return None
+    return Packed(make(), torch.zeros_like(zero_point), odd)
+
+
+def pack(weight: Tensor, zero_point: Tensor, key: Any, make: Callable[[], Tensor]) -> Packed | None:
+    """The packed form of an integer weight.
+
+    Args:
+        weight: integers, output channels first.
+        zero_point: ``[1]`` or ``[channels]``.
+        key: whatever else the packing depends on; a new key replaces the old form.
+        make: packs the weight.
+
+    Returns:
+        None when too many zero points are not zero for the backend to be of use.
+    """
+    if weight.is_inference() or zero_point.is_inference():  # has no version to tell a change by
+        return _make(zero_point, make)
+    number, versions = id(weight), (weight._version, zero_point._version)
+    entry = _entries.get(number)
+    if (
+        entry is None
+        or entry.alive() is not weight
+        or entry.zero_point is not zero_point
+        or entry.versions != versions
+        or entry.key != key
+    ):
+
+        def forget(_: Any) -> None:
+            _entries.pop(number, None)
+
+        entry = _Entry(weakref.ref(weight, forget), zero_point, versions, key, _make(zero_point, make))
+        _entries[number] = entry
+    return entry.packed
