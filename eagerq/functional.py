@@ -170,6 +170,8 @@ def training_integers(
     if axis is not None:
         shape = channel_shape(x.dim(), axis)
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    if zero_point.is_floating_point():
+        return torch.addcmul(zero_point, x, 1.0 / scale).round_().clamp_(quant_min, quant_max)
     return torch.round(x * (1.0 / scale)).add_(zero_point).clamp_(quant_min, quant_max)
 
 
@@ -243,12 +245,12 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inverse = 1.0 / scale
         if float_zero_point:
-            steps = (x * inverse).add_(zero_point).round_()
+            steps = torch.addcmul(zero_point, x, inverse).round_()
         else:
             steps = (x * inverse).round_().add_(zero_point)
         clamped = steps.clamp(quant_min, quant_max)
         inside = clamped == steps
-        return clamped.sub_(zero_point).mul_(scale), inside
+        return clamped.sub_(zero_point) * scale, inside
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

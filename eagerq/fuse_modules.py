@@ -51,6 +51,7 @@ def fuse_known_modules(
     kinds = tuple(type_before_parametrizations(module) for module in mod_list)
     fused = get_fuser_method(kinds, additional_fuser_method_mapping)(is_qat, *mod_list)
     first, last = mod_list[0], mod_list[-1]
+    fused.training = first.training
     copy_hooks(first, fused, post=False)
     copy_hooks(last, fused, pre=False)
     before, after = list(first._forward_pre_hooks), list(last._forward_hooks)

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from eagerq import kernels
 from eagerq.errors import InvalidArgumentError, InvalidInputError, calling_module
-from eagerq.scheme import integer_dtype, integer_type, per_channel_affine, per_tensor_affine
+from eagerq.scheme import (
+    integer_dtype,
+    integer_type,
+    per_channel_affine,
+    per_channel_affine_float_qparams,
+    per_tensor_affine,
+)
 
 __all__ = ["HANDLERS", "QTensor", "quantize_per_channel", "quantize_per_tensor"]
 
@@ -147,8 +153,10 @@ class QTensor(torch.Tensor):
         return self.axis
 
     def qscheme(self) -> Any:
-        """``per_tensor_affine`` or ``per_channel_affine``."""
-        return per_tensor_affine if self.axis is None else per_channel_affine
+        """``per_tensor_affine``, ``per_channel_affine``, or with float zero points its ``float_qparams`` kind."""
+        if self.axis is None:
+            return per_tensor_affine
+        return per_channel_affine_float_qparams if self.zero_point.is_floating_point() else per_channel_affine
 
     def _require(self, *, per_channel: bool, asked: str) -> None:
         if (self.axis is not None) != per_channel:

@@ -10,6 +10,7 @@ from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from eagerq.functional import channel_shape
 from eagerq.intrinsic import fused
+from eagerq.kernels.dispatch import Kernel
 from eagerq.nn.qat import Conv1d, Conv2d, Conv3d, Linear
 from eagerq.nn.qat.base import QATMixin
 from eagerq.nn.qat.conv import ConvQAT
@@ -33,6 +34,20 @@ __all__ = [
 
 _BATCH_NORMS: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _Self = TypeVar("_Self", bound="BatchNormMixin")
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+# A compiled backward pass may compute a value again instead of saving it.  For what the forward pass
+# read from a buffer and then wrote over, that is wrong (torch up to 2.15).  The result of an operator of
+# our own it always saves.
+_kept = Kernel("kept(Tensor x) -> Tensor", _copy, _like)
 
 
 class BatchNormMixin(QATMixin):
@@ -83,7 +98,10 @@ class BatchNormMixin(QATMixin):
         return self
 
     def _fold_factor(self) -> Tensor:
-        factor: Tensor = self.bn.weight / torch.sqrt(self.bn.running_var + self.bn.eps)
+        variance = self.bn.running_var
+        if self.bn.training and torch.compiler.is_compiling():
+            variance = _kept(variance)
+        factor: Tensor = self.bn.weight / torch.sqrt(variance + self.bn.eps)
         return factor
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """int8 linear and convolution on x86 through oneDNN's operators, which take plain integer tensors.
 
-What they cannot do exactly is refused here (``NotImplemented``) and goes to the reference:
-outputs of other types than 8-bit integers, weights most of whose zero points are not zero, sums that could leave int32 (or int16,
-on processors without VNNI), and convolutions with a window wholly in padding, which oneDNN gets wrong
-for thin groups.  So are shapes that do not fit each other, which it would not always notice.
+What they cannot do exactly is refused here (``NotImplemented``) and goes to the reference: outputs of
+other types than 8-bit integers, weights most of whose zero points are not zero, sums that could leave
+int32 (or int16, on processors without VNNI), and convolutions with a window wholly in padding, which
+oneDNN gets wrong for thin groups.  So are shapes that do not fit each other, which it would not always
+notice.
 """
 
 from __future__ import annotations

@@ -43,10 +43,11 @@ class _Entry(NamedTuple):
     alive: weakref.ref[Tensor]
     zero_point: Tensor
     versions: tuple[int, int]
-    key: Any
-    packed: Packed | None
+    layouts: list[tuple[Any, Packed | None]]  # by key, the newest first
 
 
+# for one weight: its layer may run in several places, or on single images of several sizes
+MOST_LAYOUTS = 4
 # The integer weight alone is a model's state: one that is loaded, moved or copied is a new tensor or a
 # new version, and is packed anew.
 _entries: dict[int, _Entry] = {}
@@ -68,7 +69,7 @@ def pack(weight: Tensor, zero_point: Tensor, key: Any, make: Callable[[], Tensor
     Args:
         weight: integers, output channels first.
         zero_point: ``[1]`` or ``[channels]``.
-        key: whatever else the packing depends on; a new key replaces the old form.
+        key: whatever else the packing depends on; the last few keys are kept.
         make: packs the weight.
 
     Returns:
@@ -78,17 +79,15 @@ def pack(weight: Tensor, zero_point: Tensor, key: Any, make: Callable[[], Tensor
         return _make(zero_point, make)
     number, versions = id(weight), (weight._version, zero_point._version)
     entry = _entries.get(number)
-    if (
-        entry is None
-        or entry.alive() is not weight
-        or entry.zero_point is not zero_point
-        or entry.versions != versions
-        or entry.key != key
-    ):
+    if entry is None or entry.alive() is not weight or entry.zero_point is not zero_point or entry.versions != versions:
 
         def forget(_: Any) -> None:
             _entries.pop(number, None)
 
-        entry = _Entry(weakref.ref(weight, forget), zero_point, versions, key, _make(zero_point, make))
-        _entries[number] = entry
-    return entry.packed
+        entry = _entries[number] = _Entry(weakref.ref(weight, forget), zero_point, versions, [])
+    for known, packed in entry.layouts:
+        if known == key:
+            return packed
+    made = _make(zero_point, make)
+    entry.layouts[:] = [(key, made), *entry.layouts[: MOST_LAYOUTS - 1]]
+    return made

@@ -20,7 +20,7 @@ from kernels.calls import RANGES, Call, conv_calls, expected, integers, linear_c
 from torch import Tensor
 
 from eagerq import kernels
-from eagerq.kernels import onednn, reference
+from eagerq.kernels import onednn, packing, reference
 from eagerq.nn import quantized as nnq
 
 pytestmark = pytest.mark.skipif(
@@ -54,6 +54,32 @@ def test_conv(dim: int) -> None:
     @given(conv_calls(dim))
     def check(call: Call) -> None:
         assert_fast_and_equal(onednn.conv, reference.conv, call)
+
+    check()
+
+
+def with_some_zero_points(call: Call, data: st.DataObject) -> Call:
+    """Zero points for up to half of the channels: those that training saw with weights of one sign."""
+    channels = len(call["weight"])
+    shifts = data.draw(st.lists(st.integers(-128, 127), min_size=channels, max_size=channels))
+    odd = data.draw(st.sets(st.integers(0, channels - 1), max_size=channels // 2))
+    scale = call["weight_scale"]
+    return {
+        **call,
+        "weight_scale": scale if len(scale) == channels or data.draw(st.booleans()) else scale.expand(channels).clone(),
+        "weight_zero_point": torch.tensor(
+            [shift * (channel in odd) for channel, shift in enumerate(shifts)], dtype=torch.int32
+        ),
+    }
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_some_weight_zero_points(dim: int) -> None:
+    @given(conv_calls(dim) if dim else linear_calls(), st.data())
+    def check(call: Call, data: st.DataObject) -> None:
+        call = with_some_zero_points(call, data)
+        fast, slow = (onednn.conv, reference.conv) if dim else (onednn.linear, reference.linear)
+        assert_fast_and_equal(fast, slow, call)
 
     check()
 
@@ -168,7 +194,7 @@ def test_window_that_straddles_a_short_input() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"weight_zero_point": torch.arange(6, dtype=torch.int32)},
+        {"weight_zero_point": torch.arange(6, dtype=torch.int32) - 1},
         {"weight_zero_point": torch.tensor([-3], dtype=torch.int32), "weight_scale": torch.tensor([0.01])},
         {"dtype": torch.int16, "low": -(2**15), "high": 2**15 - 1},
         {"dtype": torch.int32, "low": -(2**31), "high": 2**31 - 1, "scale": 1e-12},
@@ -246,7 +272,7 @@ def test_only_x86(monkeypatch: pytest.MonkeyPatch) -> None:
 SATURATING = """
 import torch
 from eagerq import kernels
-from eagerq.kernels import onednn, reference
+from eagerq.kernels import onednn, packing, reference
 
 def run(name, x, weight, *middle):
     zero_point = torch.zeros(1, dtype=torch.int32)
@@ -360,11 +386,12 @@ def test_weight_zero_points_changed(case: Callable[[], Call]) -> None:
     """The same weight means other numbers: packed for zero points of 0, it must not be used with others."""
     call = case()
     run(call)
-    call["weight_zero_point"] = torch.arange(6, dtype=torch.int32)
-    run(call)
-    call["weight_zero_point"] = torch.zeros(6, dtype=torch.int32)
-    run(call)
+    for shifts in ([0, 1, 2, 3, 4, 5], [0, 0, 7, 0, 0, 0], [0, 7, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]):
+        call["weight_zero_point"] = torch.tensor(shifts, dtype=torch.int32)
+        run(call)
     call["weight_zero_point"].add_(2)
+    run(call)
+    call["weight_zero_point"][2:].zero_()
     run(call)
     call["weight_zero_point"].zero_()
     run(call)
@@ -402,11 +429,20 @@ def test_weight_shared_by_groups(batch: int) -> None:
 
 
 def test_images_of_several_sizes(packs: list[str]) -> None:
-    """A single image has a weight packed for its size, a batch one for any."""
-    weight = conv_case()["weight"]
-    for batch, size in ((1, 9), (1, 12), (1, 9), (2, 9), (3, 7)):
-        run(conv_call((batch, 4, size, size), (6, 4, 3, 3), weight=weight))
-    assert len(packs) == 4
+    """A single image has a weight packed for its size, a batch one for any; only so many are kept."""
+    weight, zero_point = conv_case()["weight"], torch.zeros(6, dtype=torch.int32)
+
+    def packed_for(*shapes: tuple[int, int]) -> int:
+        packs.clear()
+        for batch, size in shapes:
+            shared = {"weight": weight, "weight_zero_point": zero_point}
+            run(conv_call((batch, 4, size, size), (6, 4, 3, 3), **shared))
+        return len(packs)
+
+    assert packed_for((1, 9), (1, 12), (1, 9), (1, 12), (2, 9), (3, 7)) == 3
+    assert packed_for(*((1, size) for size in range(5, 15))) == 10
+    assert len(packing._entries[id(weight)].layouts) == packing.MOST_LAYOUTS
+    assert packed_for((1, 14), (1, 13)) == 0
 
 
 @CASES
@@ -423,20 +459,20 @@ def test_equal_weights_are_packed_apart(case: Callable[[], Call]) -> None:
 @CASES
 def test_packed_weight_dies_with_its_weight(case: Callable[[], Call]) -> None:
     gc.collect()
-    before = set(onednn._packed)
+    before = set(packing._entries)
     call = case()
     run(call)
-    assert set(onednn._packed) - before == {id(call["weight"])}
+    assert set(packing._entries) - before == {id(call["weight"])}
     del call["weight"]
     gc.collect()
-    assert set(onednn._packed) == before
+    assert set(packing._entries) == before
 
 
 @CASES
 def test_inference_tensors(case: Callable[[], Call]) -> None:
     """They count no changes, so nothing packed from them is kept."""
     gc.collect()
-    before = set(onednn._packed)
+    before = set(packing._entries)
     with torch.inference_mode():
         call = case()
         assert call["weight"].is_inference()
@@ -446,7 +482,7 @@ def test_inference_tensors(case: Callable[[], Call]) -> None:
     call["weight"] = call["weight"].clone()
     assert call["weight_zero_point"].is_inference()
     run(call)
-    assert set(onednn._packed) == before
+    assert set(packing._entries) == before
 
 
 def module(kind: str, seed: int = 0) -> Any:
@@ -470,7 +506,7 @@ def test_modules_copied_and_loaded(kind: str) -> None:
 
     x = quantize_per_tensor(torch.randn(2, 12) if kind == "linear" else torch.randn(2, 4, 9, 9), 0.02, 128, torch.uint8)
     gc.collect()
-    before = set(onednn._packed)
+    before = set(packing._entries)
     one, other = module(kind, 1), module(kind, 2)
     wanted, others = output(one, x), output(other, x)
     assert not torch.equal(wanted, others)
@@ -487,7 +523,7 @@ def test_modules_copied_and_loaded(kind: str) -> None:
     assert torch.equal(output(one, x), wanted)
     del one, other, twin
     gc.collect()
-    assert set(onednn._packed) == before
+    assert set(packing._entries) == before
 
 
 def test_threads_share_a_weight() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 import eagerq
 from eagerq import QTensor, intrinsic
 from eagerq.errors import InvalidConfigError
-from eagerq.nn.quantized import QuantizedModule
 from eagerq.quantization_mappings import DEFAULT_STATIC_QUANT_MODULE_MAPPINGS
 
 BACKENDS = [name for name in QCONFIGS if name[-2:] in ("-0", "-1") and not name.startswith("symmetric")]
@@ -144,34 +142,34 @@ def test_int8_is_what_was_trained(kind: Kind) -> None:
         assert steps.abs().max() <= 1.001, (qconfig, weights)
         apart.append((steps.abs() > 0.5).float().mean().item())
     assert sum(apart) / len(apart) < 0.002  # and a step is the exception
-    print(apart)
 
 
 @pytest.mark.parametrize("weights", ["positive", "negative", "mixed"])
 @pytest.mark.parametrize("kind", ["Linear", "Conv2d", "ConvBnReLU1d"])
 def test_zero_points_of_one_signed_channels(kind: str, weights: str) -> None:
-    """Trained with zero points, they keep them."""
+    """Trained with zero points, weights mean what they were rounded to, whatever integers say so."""
     net = trained(plain_layer(kind, weights=weights), "onednn-1", 1)
-    weight = eagerq.convert(net, as_trained=True).layer.weight()  # type: ignore[union-attr, operator]
-    fake = net.layer.weight_fake_quant
-    assert torch.equal(weight.q_per_channel_zero_points(), fake.zero_point)
-    assert torch.equal(weight.q_per_channel_scales(), fake.scale)
+    converted: Any = eagerq.convert(net, as_trained=True)
+    fake, weight = net.layer.weight_fake_quant, converted.layer.weight()
     assert fake.zero_point.any()
-    assert not eagerq.convert(net).layer.weight().q_per_channel_zero_points().any()  # type: ignore[union-attr, operator]
+    assert torch.equal(weight.q_per_channel_scales(), fake.scale)
+    fake.disable_observer()
+    assert torch.equal(weight.dequantize(), fake(net.layer.folded(as_trained=True)[0]))
+    by_default: Any = eagerq.convert(net)
+    assert not by_default.layer.weight().q_per_channel_zero_points().any()
 
 
 @pytest.mark.parametrize("qconfig", ["onednn-0", "onednn-1", "qnnpack-1", "symmetric-channels-1"])
 def test_default_conversion_is_near_over_full_ranges(qconfig: str) -> None:
-    """Scales computed anew are up to 0.4% apart from those trained with, unless training had them too (version 0)."""
-    bound = 1.001 if qconfig.endswith("-0") else 0.03 * 255
+    """Scales computed anew are up to 0.4% apart from those trained with; in version 0 only by the last look."""
+    bound = 3.001 if qconfig.endswith("-0") else 0.03 * 255
     most = 0.0
     for kind in KINDS:
         layer = plain_layer(kind)
         steps = compare(trained(layer, qconfig, 2), layer, as_trained=False)
         most = max(most, steps.abs().max().item())
         assert most <= bound, kind
-    print(most)
-    assert qconfig.endswith("-0") or most > 1.5
+    assert most > 1.5
 
 
 def test_default_conversion_leaves_reduced_ranges() -> None:
@@ -222,8 +220,8 @@ def test_precomputed_fake_quant_takes_no_other_look(ao: Oracle) -> None:
     kept = eagerq.convert(net, use_precomputed_fake_quant=True)
     wanted = ao.quantization.convert(copy.deepcopy(theirs), use_precomputed_fake_quant=True)
     renewed = eagerq.convert(net)
-    assert torch.equal(kept.layer.weight().int_repr(), wanted.layer.weight().int_repr())  # type: ignore[union-attr, operator]
-    assert not torch.equal(kept.layer._weight, renewed.layer._weight)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(kept.layer.weight().int_repr(), wanted.layer.weight().int_repr())
+    assert not torch.equal(kept.layer._weight, renewed.layer._weight)
 
 
 def test_observed_float_layers_like_torchs(ao: Oracle) -> None:
@@ -251,68 +249,20 @@ def test_observed_float_layers_like_torchs(ao: Oracle) -> None:
             assert torch.equal(ours(x), theirs(x)), kind
 
 
-# --- what is told -----------------------------------------------------------------------------------
-
-
-def prepared() -> Any:
-    return eagerq.prepare_qat(float_net(eagerq, intrinsic, plain_layer("ConvReLU2d"), "onednn-1"))
-
-
-def test_non_finite_batches_are_told() -> None:
-    layer, net = plain_layer("ConvReLU2d"), prepared()
-    x = layer.inputs(1)[0]
-    net(x)
-    scale = net.quant.activation_post_process.scale.clone()
-    net.eval()
-    for value in (float("nan"), float("inf")):
-        spoilt = x.clone()
-        spoilt[0, 0, 0, 0] = value
-        net(spoilt)
-    assert torch.equal(net.quant.activation_post_process.scale, scale)
-    with pytest.warns(UserWarning, match=r"NaN or infinity .* 'quant' \(2\), 'layer' \(2\)"):
-        converted = eagerq.convert(net)
-    assert torch.isfinite(converted(x)).all()
-
-
-def test_layers_without_data_are_told_once() -> None:
-    layer, net = plain_layer("ConvReLU2d"), prepared()
-    converted = eagerq.convert(net.eval())
-    x = layer.inputs(1)[0]
-    with pytest.warns(UserWarning, match="2 layers .*'quant', 'layer'"):
-        converted(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        converted(x)
-
-
-def test_layers_loaded_are_not_told() -> None:
-    layer = plain_layer("ConvReLU2d")
-    state = eagerq.convert(trained(layer, "onednn-1")).state_dict()
-    fresh = eagerq.convert(prepared().eval())
-    fresh.load_state_dict(state)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fresh(layer.inputs(1)[0])
-
-
-def test_layers_without_data_are_refused_when_strict() -> None:
-    net = prepared()
-    with pytest.raises(InvalidConfigError, match="'quant', 'layer'"):
-        eagerq.convert(net, strict=True)
-    assert not any(isinstance(module, QuantizedModule) for module in net.modules())
-    net(plain_layer("ConvReLU2d").inputs(1)[0])
-    assert any(isinstance(module, QuantizedModule) for module in eagerq.convert(net, strict=True).modules())
+# --- what is there ----------------------------------------------------------------------------------
 
 
 def test_every_kind_has_an_int8_class() -> None:
-    """The layers compared here are all that the default map converts."""
-    converted = {kind.qat for kind in KINDS}
-    assert converted == {kind for kind in DEFAULT_STATIC_QUANT_MODULE_MAPPINGS if ".qat" in kind.__module__}
+    """The layers compared here are all that the default map converts, but for embeddings."""
+    converted = {kind for kind in DEFAULT_STATIC_QUANT_MODULE_MAPPINGS if ".qat" in kind.__module__}
+    assert {kind.qat for kind in KINDS} == {
+        kind for kind in converted if not issubclass(kind, nn.Embedding | nn.EmbeddingBag)
+    }
 
 
 def test_weights_of_the_wrong_dtype_are_refused() -> None:
     net = nn.Sequential(nn.Linear(2, 2)).train()
-    net.qconfig = eagerq.QConfig(  # type: ignore[assignment]
+    net.qconfig = eagerq.QConfig(
         activation=eagerq.default_fused_act_fake_quant, weight=eagerq.default_fused_act_fake_quant
     )
     prepared_net = eagerq.prepare_qat(net)

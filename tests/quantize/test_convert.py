@@ -70,7 +70,7 @@ def test_a_kept_qconfig_keeps_the_preparation() -> None:
     model = prepared()
     model.register_module("extra", nn.ReLU6())  # a layer without int8 twin
     int8 = eagerq.convert(model.eval(), remove_qconfig=False)
-    assert int8.qconfig == QAT
+    assert eagerq.qconfig_equals(int8.qconfig, QAT)
     assert not plain(int8)
     assert plain(eagerq.convert(model))
 

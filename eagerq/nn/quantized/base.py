@@ -109,9 +109,10 @@ def quantize_weight(module: nn.Module, weight: Tensor, observer: Any, as_trained
     axis = observer.ch_axis if shared.per_channel else None
     low, high = inner.quant_min, inner.quant_max
     weight = weight.float()
-    if as_trained and not shared.float_zero_point:  # with a float zero point, training rounds no differently
+    if as_trained:
         steps = training_integers(weight, scale, zero_point, low, high, axis)
-        steps, zero_point = _centred(steps, zero_point, axis, kind)
+        if not shared.float_zero_point:
+            steps, zero_point = _centred(steps, zero_point, axis, kind)
         integers = steps.to(kind.storage)
     elif axis is None:
         integers = kernels.quantize(weight, float(scale), int(zero_point), kind.storage, low, high)
@@ -179,8 +180,12 @@ class QuantizedModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         known = self._tensors()
+        names = (*known, *self._optional_state)
+        others: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, others, error_msgs)
+        unexpected_keys += [key for key in others if key[len(prefix) :] not in names]
         found = {}
-        for name in (*known, *self._optional_state):
+        for name in names:
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor):
                 found[name] = value

@@ -1,0 +1,221 @@
+"""QAT layers under torch.compile: one graph, eager numbers, and no compiling again for what is known."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from intrinsic.layers import (
+    KINDS,
+    Kind,
+    Phase,
+    Step,
+    distance,
+    gradient_unit,
+    plain_layer,
+    run,
+)
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import eagerq
+from eagerq.intrinsic.qat import freeze_bn_stats, update_bn_stats
+
+CLOSE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(module: nn.Module, backend: str = "aot_eager") -> tuple[Any, CompileCounterWithBackend]:
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(module, fullgraph=True, backend=counter), counter
+
+
+def assert_close(ours: Step, eager: Step) -> None:
+    assert distance(ours.output, eager.output) <= CLOSE
+    for name, value in eager.gradients.items():
+        mine = ours.gradients[name]
+        assert (mine is None) == (value is None), name
+        if mine is not None and value is not None:
+            assert (mine - value).norm() <= CLOSE * gradient_unit(name, value, eager), name
+    assert list(ours.state) == list(eager.state)
+    for name, value in eager.state.items():
+        torch.testing.assert_close(ours.state[name], value, rtol=CLOSE, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def step_weights(*modules: nn.Module) -> None:
+    """Move the parameters, so that every pass sees other ranges."""
+    with torch.no_grad():
+        for module in modules:
+            for value in module.parameters():
+                value.mul_(1.3).add_(0.01)
+
+
+TRAINED = Phase()
+SETTLED = Phase(observer=False, frozen=True)
+EVALUATED = Phase(observer=False, training=False)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_equals_eager(kind: Kind) -> None:
+    layer = plain_layer(kind)
+    module, eager = layer.module(), layer.module()
+    call, counter = compiled(module)
+    counts = []
+    for x, phase in zip(layer.inputs(4), (TRAINED, TRAINED, TRAINED, EVALUATED), strict=True):
+        phase.apply(module)
+        phase.apply(eager)
+        assert_close(run(module, x, call), run(eager, x))
+        step_weights(module, eager)
+        counts.append(counter.frame_count)
+    # the first batch tells how many channels the weight has, and that is a shape
+    assert counts == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("qconfig", ["x86-0", "qnnpack-1"])
+def test_other_quantizers(qconfig: str) -> None:
+    layer = plain_layer("ConvBnReLU2d")
+    module, eager = layer.module(qconfig), layer.module(qconfig)
+    call, _ = compiled(module)
+    for x in layer.inputs(3):
+        assert_close(run(module, x, call), run(eager, x))
+        step_weights(module, eager)
+
+
+@pytest.mark.parametrize("kind", ["LinearReLU", "ConvBnReLU2d"])
+def test_a_switch_compiles_once(kind: str) -> None:
+    layer = plain_layer(kind)
+    module, eager = layer.module(), layer.module()
+    call, counter = compiled(module)
+    x = layer.inputs(1)[0]
+    run(module, x, call)
+    run(eager, x)
+    states = [TRAINED, Phase(frozen=True), SETTLED, Phase(fake_quant=False), EVALUATED]
+    for phase in states:
+        phase.apply(module)
+        phase.apply(eager)
+        before = counter.frame_count
+        assert_close(run(module, x, call), run(eager, x))
+        assert counter.frame_count <= before + 1
+    known = counter.frame_count
+    for phase in reversed(states):
+        phase.apply(module)
+        phase.apply(eager)
+        assert_close(run(module, x, call), run(eager, x))
+    assert counter.frame_count == known
+
+
+@pytest.mark.parametrize("kind", ["Linear", "ConvBnReLU2d"])
+def test_inductor(kind: str) -> None:
+    layer = plain_layer(kind)
+    module, eager = layer.module(), layer.module()
+    first, second, third = layer.inputs(3)
+    for each in (module, eager):
+        run(each, first)  # the weight's channels are known then
+    call, counter = compiled(module, "inductor")
+    for x in (second, third):
+        step_weights(module, eager)
+        assert_close(run(module, x, call), run(eager, x))
+    for each in (module, eager):
+        EVALUATED.apply(each)
+    with torch.no_grad():
+        assert distance(call(first), eager(first)) <= CLOSE
+    assert counter.frame_count == 2
+
+
+class Net(nn.Module):
+    """Two layers, with everything observed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = eagerq.QuantStub(), eagerq.DeQuantStub()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn(self.conv(self.quant(x))))
+        return self.dequant(self.linear(x.mean((2, 3))))
+
+
+def prepared() -> Any:
+    model = eagerq.fuse_modules_qat(Net().train(), [["conv", "bn", "relu"]])
+    model.qconfig = eagerq.get_default_qat_qconfig("onednn")
+    return eagerq.prepare_qat(model)
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    wanted = torch.randint(0, 4, (count, 8))
+    return [(torch.randn(8, 3, 6, 6) * (1 + number / 4), wanted[number]) for number in range(count)]
+
+
+def test_a_model_trains_as_in_eager() -> None:
+    model = prepared()
+    eager = copy.deepcopy(model)
+    call, counter = compiled(model)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.05, momentum=0.9) for each in (model, eager)]
+    for number, (x, wanted) in enumerate(batches(6)):
+        if number == 3:
+            model.apply(freeze_bn_stats)
+            eager.apply(freeze_bn_stats)
+        losses = []
+        for forward, optimizer in zip((call, eager), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(forward(x), wanted)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert counter.frame_count == 3  # fresh, observed, frozen
+    for (name, value), other in zip(model.state_dict().items(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_functions_and_checkpoints_switch_compiled_models() -> None:
+    model = prepared()
+    x = batches(1)[0][0]
+    model(x)
+    call, _ = compiled(model)
+    saved = copy.deepcopy(model.state_dict())
+
+    def observes() -> bool:
+        observer = model.quant.activation_post_process.activation_post_process
+        before = observer.max_val.clone()
+        call(x * 3)
+        return not torch.equal(observer.max_val, before)
+
+    assert observes()
+    model.apply(eagerq.disable_observer)
+    assert not observes()
+    model.load_state_dict(saved)  # which was saved with everything on
+    assert observes()
+    for name in saved:
+        if name.endswith("observer_enabled"):
+            saved[name].zero_()
+    model.load_state_dict(saved)
+    assert not observes()
+    before = model.conv.bn.running_mean.clone()
+    model.apply(freeze_bn_stats)
+    call(x)
+    assert torch.equal(model.conv.bn.running_mean, before)
+    model.apply(update_bn_stats)
+    call(x)
+    assert not torch.equal(model.conv.bn.running_mean, before)
+
+
+def test_a_silenced_channel() -> None:
+    layer = plain_layer("ConvBn2d")
+    module, eager = layer.module(), layer.module()
+    for each in (module, eager):
+        each.bn.weight.data[1] = 0
+    call, _ = compiled(module)
+    for x in layer.inputs(2):
+        assert_close(run(module, x, call), run(eager, x))
