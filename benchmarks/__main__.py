@@ -20,12 +20,8 @@ def _arguments(names: list[str]) -> argparse.Namespace:
         description="Measure eagerq beside torch.ao and the float model; print each figure with its goal.",
         epilog="rows: " + "; ".join(names),
     )
-    parser.add_argument(
-        "--only", metavar="NAME[,NAME…]", default="", help="only rows whose name holds one of these"
-    )
-    parser.add_argument(
-        "--repeats", metavar="N", type=int, default=15, help="rounds for a row (default %(default)s)"
-    )
+    parser.add_argument("--only", metavar="NAME[,NAME…]", default="", help="only rows whose name holds one of these")
+    parser.add_argument("--repeats", metavar="N", type=int, default=15, help="rounds for a row (default %(default)s)")
     parser.add_argument(
         "--engine",
         choices=engines(),
@@ -77,9 +73,7 @@ def main() -> None:
             print(header(benchmark.section), flush=True)
         done.append(benchmark.run(setup))
         print(line(done[-1]), flush=True)
-    print(
-        "\nspread: by how much the least steady contender's median exceeds its best; trust no row above 10%"
-    )
+    print("\nspread: by how much the least steady contender's median exceeds its best; trust no row above 10%")
     if arguments.json:
         write_json(arguments.json, environment, done)
 

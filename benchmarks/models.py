@@ -46,9 +46,7 @@ class BasicBlock(nn.Module):
 
     def __init__(self, parts: Parts, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            conv_bn(inputs, outputs, 3, stride), conv_bn(outputs, outputs, 3, relu=False)
-        )
+        self.body = nn.Sequential(conv_bn(inputs, outputs, 3, stride), conv_bn(outputs, outputs, 3, relu=False))
         same = stride == 1 and inputs == outputs
         self.shortcut = None if same else conv_bn(inputs, outputs, 1, stride, relu=False)
         self.join = parts.FloatFunctional()

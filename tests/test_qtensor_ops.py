@@ -308,7 +308,12 @@ def clamped(q: QTensor, low: float | None, high: float | None) -> list[int]:
     return [min(max(value, least), most) for value in q.int_repr().reshape(-1).tolist()]
 
 
-@given(q=qtensors(), low=st.floats(-3, 1), width=st.floats(0, 4))
+# quarters are halves of a step of the larger powers of two: ties
+@given(
+    q=st.one_of(qtensors(), qtensors(POWER_OF_TWO)),
+    low=st.one_of(st.floats(-3, 1), st.integers(-12, 4).map(lambda quarters: quarters / 4)),
+    width=st.one_of(st.floats(0, 4), st.integers(0, 16).map(lambda quarters: quarters / 4)),
+)
 def test_clamping_rounds_the_thresholds_like_values(q: QTensor, low: float, width: float) -> None:
     high = low + width
     calls: list[tuple[QTensor, float | None, float | None]] = [

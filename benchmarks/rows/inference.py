@@ -18,9 +18,7 @@ _LINEAR_LIMIT = 0.45
 
 def _classifier(net: str, batch: int, setup: Setup) -> Samples:
     models = {name: classifier(backend, net) for name, backend in setup.backends.items()}
-    return interleave(
-        {name: repeated(inference(model, batch)) for name, model in models.items()}, setup.repeats
-    )
+    return interleave({name: repeated(inference(model, batch)) for name, model in models.items()}, setup.repeats)
 
 
 def _linear(setup: Setup) -> Samples:

@@ -88,9 +88,7 @@ def benchmarks() -> Iterator[Benchmark]:
         goal = Goal("eagerq / needed", 1.02)
         yield Benchmark(SECTION, f"checkpoint size {net}", "MB", goal, partial(_checkpoint, net))
     for net in NETS:
-        yield Benchmark(
-            SECTION, f"resident memory of int8 {net}", "MB", no_worse, partial(footprints, "resident", net)
-        )
+        yield Benchmark(SECTION, f"resident memory of int8 {net}", "MB", no_worse, partial(footprints, "resident", net))
     images = torch.randn(2, 3, 64, 64)
     yield Benchmark(SECTION, f"{_WAY} resnet18", "ms", no_worse, partial(_ways, NETS["resnet18"], images))
     for layers in CHAINS:

@@ -28,6 +28,24 @@ from eagerq.scheme import integer_type
 WHOLE = 64
 
 
+def rounds_after_adding() -> bool:
+    """Whether this build of torch adds the zero point before it rounds, as eagerq always does.
+
+    torch's wheels for CPUs do.  Those for CUDA round first, on CPUs too, wherever they quantize floats:
+    in ``quantize_per_tensor``, ``cat`` and ``matmul``.  Ties then agree only for even zero points.
+    """
+    return int(torch.quantize_per_tensor(torch.tensor([0.5]), 1.0, 1, torch.quint8).int_repr()) == 2
+
+
+@st.composite
+def quantized_like_torch(draw: st.DrawFn, dtype: torch.dtype, *kinds: str) -> tuple[str, int]:
+    """A kind of scales and a zero point with which every build of torch quantizes alike."""
+    zero_point = draw(zero_points(dtype))
+    if rounds_after_adding():
+        return draw(st.sampled_from(kinds)), zero_point
+    return "power", zero_point // 2 * 2
+
+
 def twin_tensor(q: QTensor) -> Tensor:
     return torch._make_per_tensor_quantized_tensor(q.integers.contiguous(), q.scale, q.zero_point)
 
@@ -109,15 +127,16 @@ def test_broadcast(data: st.DataObject) -> None:
 
 
 def test_cat_is_torchs(ao: Oracle) -> None:
-    @given(st.data(), SCALE_KINDS, BYTES)
-    def check(data: st.DataObject, kind: str, dtype: torch.dtype) -> None:
+    @given(st.data(), BYTES)
+    def check(data: st.DataObject, dtype: torch.dtype) -> None:
+        kind, zero_point = data.draw(quantized_like_torch(dtype, "power", "single", "plain"))
         dim = data.draw(st.integers(0, 3))
-        parts = []
+        parts: list[QTensor] = []
         for length in data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)):
             shape = [2, 3, 4, 5]
             shape[dim] = length
             parts.append(data.draw(qtensors(tuple(shape), kind, dtype, like=parts[0] if parts else None)))
-        ours, theirs = both(ao, *data.draw(outputs(parts[0], kind)), dtype)
+        ours, theirs = both(ao, data.draw(outputs(parts[0], kind))[0], zero_point, dtype)
         if data.draw(st.booleans()):  # the same parameters: a copy
             ours, theirs = both(ao, parts[0].scale, parts[0].zero_point, dtype)
         assert_same(ours.cat(parts, dim), theirs.cat([twin_tensor(part) for part in parts], dim))
@@ -133,7 +152,8 @@ def test_matmul_is_torchs(ao: Oracle) -> None:
         shapes = data.draw(st.sampled_from([((3, 20), (20, 4)), ((2, 5, 16), (2, 16, 3)), ((1, 1), (1, 1))]))
         x, y = (data.draw(qtensors(shape, "power", dtype)) for shape in shapes)
         scale = x.scale * y.scale * 2.0 ** data.draw(st.integers(1, 12))
-        ours, theirs = both(ao, scale, data.draw(zero_points(dtype)), dtype)
+        _, zero_point = data.draw(quantized_like_torch(dtype, "power"))
+        ours, theirs = both(ao, scale, zero_point, dtype)
         assert_same(ours.matmul(x, y), theirs.matmul(twin_tensor(x), twin_tensor(y)))
 
     check()

@@ -88,11 +88,12 @@ def test_fake_quantized_models_are_evaluated_too() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_linear_with_batch_norm(engine: str) -> None:
-    model = nn.Sequential(eagerq.QuantStub(), nn.Linear(4, 4), nn.BatchNorm1d(4), eagerq.DeQuantStub())
+    bn = nn.BatchNorm1d(4, momentum=0.5)
+    model = nn.Sequential(eagerq.QuantStub(), nn.Linear(4, 4), bn, eagerq.DeQuantStub())
     model.qconfig = eagerq.get_default_qat_qconfig(engine)
     model = eagerq.prepare_qat(eagerq.fuse_modules_qat(model, [["1", "2"]]))
     x = torch.randn(16, 4)
-    for _ in range(200):  # the running statistics come to those of this batch
+    for _ in range(20):  # the running statistics come to those of this batch
         model(x)
     int8 = eagerq.convert(model)
     assert type(int8[1]) is quantized.Linear

@@ -16,6 +16,7 @@ from conftest import Oracle
 from quantize.models import QAT, batch, converted, fused, prepared, same_state, state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 
 import eagerq
 from eagerq.errors import CheckpointError
@@ -109,6 +110,18 @@ def test_safetensors(make: Make, tmp_path: Path) -> None:
     source, target = make(seed=1), make(seed=2)
     save_file({name: value.contiguous() for name, value in source.state_dict().items()}, tmp_path / "model.safetensors")
     target.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert same_state(state(target), state(source))
+
+
+@both
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+def test_distributed_checkpoint(make: Make, tmp_path: Path) -> None:
+    source, target = make(seed=1), make(seed=2)
+    checkpoint.save(source.state_dict(), checkpoint_id=tmp_path / "model", no_dist=True)
+    values = target.state_dict()
+    checkpoint.load(values, checkpoint_id=tmp_path / "model", no_dist=True)
+    target.load_state_dict(values)
     assert same_state(state(target), state(source))
 
 
