@@ -41,6 +41,11 @@ def _inverse(scale: float) -> float:
     return single(1.0 / single(scale))
 
 
+def _scalar(value: float) -> Tensor:
+    """A number as an operand of any tensor, whatever the default device and dtype."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
 def channels_last(x: Tensor) -> Tensor:
     """``x`` as activations flow: channels last in memory, since a change of layout costs more than a convolution."""
     if x.dim() == 3:
@@ -57,7 +62,7 @@ def _stored(steps: Tensor, dtype: torch.dtype, low: int, high: int) -> Tensor:
 
 def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:
     """``clamp(round(x·(1/scale) + zero_point), low, high)``, the sum rounded once (fused multiply-add)."""
-    shift = torch.tensor(float(zero_point))
+    shift = _scalar(float(zero_point))
     steps = torch.add(shift, x.to(torch.float32), alpha=_inverse(scale))
     return _stored(steps.round_(), dtype, low, high)
 
@@ -169,7 +174,7 @@ def _scaled(q: Tensor, scale: float, zero_point: int) -> Tensor:
     shift = -single(single(scale) * zero_point)
     if torch.compiler.is_compiling():  # would multiply and add apart; float64 holds the exact difference
         return (q.double() * single(scale) + shift).to(torch.float32)
-    return torch.add(torch.tensor(shift), q.to(torch.float32), alpha=scale)
+    return torch.add(_scalar(shift), q.to(torch.float32), alpha=scale)
 
 
 def add(

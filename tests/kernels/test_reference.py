@@ -248,3 +248,29 @@ def test_two_operands(kernel: Callable[..., Tensor], rule: Callable[..., Tensor]
         assert torch.equal(pair[3], before[1])
 
     check()
+
+
+def test_default_device_and_dtype_do_not_matter() -> None:
+    x, q = torch.randn(5), torch.arange(5, dtype=torch.uint8)
+    whole = (torch.uint8, 0, 255)
+
+    def results() -> list[Tensor]:
+        return [
+            kernels.quantize(x, 0.1, 3, *whole),
+            kernels.quantize(x[0], 0.1, 3, *whole),
+            kernels.add(q, 0.1, 3, q, 0.2, 1, 0.3, 7, *whole),
+            kernels.mul(q, 0.1, 3, q, 0.2, 1, 0.3, 7, *whole),
+            kernels.cat([q, q], [0.1, 0.2], [3, 1], 0, 0.3, 7, *whole),
+            kernels.dequantize(q, 0.1, 3),
+        ]
+
+    wanted = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            others = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(wanted, others, strict=True):
+        assert one.dtype is other.dtype
+        assert torch.equal(one, other)

@@ -213,6 +213,36 @@ def test_models_trained_in_a_reduced_range(tmp_path: Path) -> None:
         assert torch.equal(twin(x), wanted)
 
 
+@pytest.mark.parametrize("cast", ["half", "double", "bfloat16"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_casts_are_for_float_layers(name: str, cast: str) -> None:
+    """A model's head may run in half precision; its int8 layers have nothing to cast."""
+    source, target = filled(name, 1), filled(name, 1)
+    net = nn.Sequential(target, nn.Linear(2, 2))
+    getattr(net, cast)()
+    assert net[1].weight.dtype is not torch.float32
+    assert {key: value.dtype for key, value in target.state_dict().items()} == {
+        key: value.dtype for key, value in source.state_dict().items()
+    }
+    assert_same_layer(target, source, name)
+    net.to("meta")
+    assert target._weight_scale.is_meta
+    assert target._weight_scale.dtype is torch.float32
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_default_dtypes_do_not_matter(name: str) -> None:
+    source = filled(name, 1, per_channel=False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        target = empty(name)
+        target.load_state_dict(source.state_dict())
+        assert target._weight_scale.dtype is target._bias.dtype is torch.float32
+        assert torch.equal(target(given(name)).int_repr(), source(given(name)).int_repr())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 # --- what does not fit ------------------------------------------------------------------------------
 
 

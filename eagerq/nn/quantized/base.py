@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _Self = TypeVar("_Self", bound="WeightedQuantizedModule")
+_Stored = TypeVar("_Stored", bound="IntegerWeight")
 
 
 class Output(NamedTuple):
@@ -281,6 +282,16 @@ class IntegerWeight(QuantizedModule):
         stored = ((name, self._buffers.get(f"_{name}")) for name in self._STORED)
         return {**{name: value for name, value in stored if value is not None}, **super()._tensors()}
 
+    def _apply(self: _Stored, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Stored:
+        """Move as ``fn`` does, but keep the dtypes: ``half()`` and its kin are for the model's float layers."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            moved = self._buffers[name]
+            if value is not None and moved is not None and moved.dtype is not value.dtype:
+                self._buffers[name] = value.to(moved.device)
+        return self
+
     def _take_tensors(self, state: Mapping[str, Tensor], assign: bool) -> None:
         super()._take_tensors(state, assign)
         for name in self._STORED:
@@ -305,9 +316,9 @@ class WeightedQuantizedModule(IntegerWeight, RequantizingModule):
     def _allocate(self, shape: tuple[int, ...], bias: bool, device: Any = None) -> None:
         self._store(
             torch.zeros(shape, dtype=torch.int8, device=device),
-            torch.ones(1, device=device),
+            torch.ones(1, dtype=torch.float32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
-            torch.zeros(shape[0], device=device) if bias else None,
+            torch.zeros(shape[0], dtype=torch.float32, device=device) if bias else None,
         )
 
     def bias(self) -> Tensor | None:
