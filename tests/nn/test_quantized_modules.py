@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,6 +67,19 @@ def twin(kind: Any, call: Call) -> Any:
     return layer
 
 
+def distance_from_tie(call: Call) -> Tensor:
+    """How far each result of a convolution lies from the middle between two integers, in float64."""
+    x, weight = call["x"].double() - call["x_zero_point"], call["weight"].double()
+    convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
+    total = convolve(x, weight, None, call["stride"], call["padding"], call["dilation"], call["groups"])
+    shape = [-1] + [1] * (x.dim() - 2)
+    y = total * call["x_scale"] * call["weight_scale"].double().reshape(shape)
+    if call["bias"] is not None:
+        y = y + call["bias"].double().reshape(shape)
+    steps = y / call["scale"]
+    return (steps - steps.floor() - 0.5).abs()
+
+
 def assert_twins(ao: Oracle, name: str, call: Call) -> None:
     fused = "ReLU" in name
     packages = (intrinsic_quantized, ao.intrinsic_quantized) if fused else (quantized, ao.quantized)
@@ -73,7 +87,12 @@ def assert_twins(ao: Oracle, name: str, call: Call) -> None:
     y, wanted = ours(mine, call)(input_of(call)), twin(theirs, call)(twin_tensor(input_of(call)))
     assert y.q_scale() == wanted.q_scale()
     assert y.q_zero_point() == wanted.q_zero_point()
-    assert torch.equal(y.int_repr(), wanted.int_repr())
+    apart = (y.int_repr().int() - wanted.int_repr().int()).abs()
+    if apart.any():
+        # oneDNN has several convolutions, which multiply by the scales in orders of their own: they part
+        # where the exact result is a tie, and nowhere else
+        assert apart.max() == 1
+        assert (distance_from_tie(call)[apart > 0] < 1e-4).all()
     if min(y.shape) > 1:  # so that the strides mean something
         assert y.stride() == wanted.stride()
 

@@ -95,12 +95,14 @@ def test_linear_with_batch_norm(engine: str) -> None:
     x = torch.randn(16, 4)
     for _ in range(20):  # the running statistics come to those of this batch
         model(x)
-    int8 = eagerq.convert(model)
+    model.eval().apply(eagerq.disable_observer)
+    int8 = eagerq.convert(model, as_trained=True)
     assert type(int8[1]) is quantized.Linear
     assert type(int8[2]) is nn.Identity
-    y = int8.eval()(x)
-    assert y.mean(0).abs().max() < 0.1  # normalised
-    assert (y.std(0) - 1).abs().max() < 0.2
+    step = int8[1].scale
+    assert step > 0
+    assert (int8(x) - model(x)).abs().max() <= 1.001 * step
+    assert int8(x).mean(0).abs().max() < 0.2  # normalised
 
 
 class Numbers(nn.Module):
