@@ -1,7 +1,8 @@
 """The formulas of training-time quantization, as pure functions of tensors.
 
 Nothing here reads a value back from an accelerator, so a training step never waits for one and the
-whole of it can be compiled (:func:`update_natively` is the CPU's short cut).  Per-tensor parameters have shape ``[1]``; per-channel ones ``[channels]``.
+whole of it can be compiled (:func:`update_natively` is the CPU's short cut).  Per-tensor parameters
+have shape ``[1]``; per-channel ones ``[channels]``.
 """
 
 from __future__ import annotations
