@@ -112,8 +112,10 @@ from eagerq.qtensor import (
     quantize_per_tensor,
 )
 from eagerq.quantization_mappings import (
+    DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS,
     DEFAULT_QAT_MODULE_MAPPINGS,
     DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
+    get_default_dynamic_quant_module_mappings,
     get_default_qat_module_mappings,
     get_default_qconfig_propagation_list,
     get_default_static_quant_module_mappings,
@@ -243,8 +245,10 @@ __all__ = [
     "quantize_per_channel",
     "quantize_per_tensor",
     # module maps
+    "DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS",
     "DEFAULT_QAT_MODULE_MAPPINGS",
     "DEFAULT_STATIC_QUANT_MODULE_MAPPINGS",
+    "get_default_dynamic_quant_module_mappings",
     "get_default_qat_module_mappings",
     "get_default_qconfig_propagation_list",
     "get_default_static_quant_module_mappings",

@@ -15,10 +15,12 @@ from eagerq.nn import qat, quantized
 from eagerq.stubs import DeQuantStub, QuantStub
 
 __all__ = [
+    "DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS",
     "DEFAULT_QAT_MODULE_MAPPINGS",
     "DEFAULT_STATIC_QUANT_MODULE_MAPPINGS",
     "ROWS",
     "Row",
+    "get_default_dynamic_quant_module_mappings",
     "get_default_qat_module_mappings",
     "get_default_qconfig_propagation_list",
     "get_default_static_quant_module_mappings",
@@ -38,14 +40,18 @@ class Row(NamedTuple):
         fused: the float module that holds them, when there are several.
         qat: the module to train with.
         quantized: the int8 module.
+        dynamic: the module with an integer weight that quantizes its float input as it comes.
         trained_by_default: whether the default QAT map has it (embeddings are asked for by their own).
+        dynamic_by_default: whether the default dynamic map has it.
     """
 
     sequence: tuple[type[nn.Module], ...]
-    fused: type[nn.Module] | None
-    qat: type[nn.Module] | None
-    quantized: type[nn.Module]
+    fused: type[nn.Module] | None = None
+    qat: type[nn.Module] | None = None
+    quantized: type[nn.Module] | None = None
+    dynamic: type[nn.Module] | None = None
     trained_by_default: bool = True
+    dynamic_by_default: bool = True
 
     @property
     def float_module(self) -> type[nn.Module]:
@@ -60,7 +66,7 @@ def _convolutions(dim: int) -> list[Row]:
     conv, bn = named(nn, "Conv"), named(nn, "BatchNorm")
     plain, with_relu = named(quantized, "Conv"), named(intrinsic_quantized, "ConvReLU")
     return [
-        Row((conv,), None, named(qat, "Conv"), plain),
+        Row((conv,), qat=named(qat, "Conv"), quantized=plain),
         Row((conv, nn.ReLU), named(intrinsic, "ConvReLU"), named(intrinsic_qat, "ConvReLU"), with_relu),
         Row((conv, bn), named(intrinsic, "ConvBn"), named(intrinsic_qat, "ConvBn"), plain),
         Row((conv, bn, nn.ReLU), named(intrinsic, "ConvBnReLU"), named(intrinsic_qat, "ConvBnReLU"), with_relu),
@@ -69,16 +75,16 @@ def _convolutions(dim: int) -> list[Row]:
 
 _Linear = quantized.Linear
 ROWS: tuple[Row, ...] = (
-    Row((QuantStub,), None, None, quantized.Quantize),
-    Row((DeQuantStub,), None, None, quantized.DeQuantize),
-    Row((quantized.FloatFunctional,), None, None, quantized.QFunctional),
+    Row((QuantStub,), quantized=quantized.Quantize),
+    Row((DeQuantStub,), quantized=quantized.DeQuantize),
+    Row((quantized.FloatFunctional,), quantized=quantized.QFunctional),
     *(row for dim in (1, 2, 3) for row in _convolutions(dim)),
-    Row((nn.Linear,), None, qat.Linear, _Linear),
-    Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), None, qat.Linear, _Linear),
+    Row((nn.Linear,), qat=qat.Linear, quantized=_Linear),
+    Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), qat=qat.Linear, quantized=_Linear),
     Row((nn.Linear, nn.ReLU), intrinsic.LinearReLU, intrinsic_qat.LinearReLU, intrinsic_quantized.LinearReLU),
     Row((nn.Linear, nn.BatchNorm1d), intrinsic.LinearBn1d, intrinsic_qat.LinearBn1d, _Linear),
-    Row((nn.Embedding,), None, qat.Embedding, quantized.Embedding, trained_by_default=False),
-    Row((nn.EmbeddingBag,), None, qat.EmbeddingBag, quantized.EmbeddingBag, trained_by_default=False),
+    Row((nn.Embedding,), qat=qat.Embedding, quantized=quantized.Embedding, trained_by_default=False),
+    Row((nn.EmbeddingBag,), qat=qat.EmbeddingBag, quantized=quantized.EmbeddingBag, trained_by_default=False),
 )
 
 
@@ -87,12 +93,18 @@ def _qat_map(rows: tuple[Row, ...]) -> ModuleMap:
 
 
 def _static_map(rows: tuple[Row, ...]) -> ModuleMap:
-    from_float: ModuleMap = {row.float_module: row.quantized for row in rows}
-    return from_float | {row.qat: row.quantized for row in rows if row.qat}
+    int8_rows = [row for row in rows if row.quantized]
+    from_float: ModuleMap = {row.float_module: row.quantized for row in int8_rows}
+    return from_float | {row.qat: row.quantized for row in int8_rows if row.qat}
+
+
+def _dynamic_map(rows: tuple[Row, ...]) -> ModuleMap:
+    return {row.float_module: row.dynamic for row in rows if row.dynamic and row.dynamic_by_default}
 
 
 DEFAULT_QAT_MODULE_MAPPINGS = _qat_map(tuple(row for row in ROWS if row.trained_by_default))
 DEFAULT_STATIC_QUANT_MODULE_MAPPINGS = _static_map(ROWS)
+DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS = _dynamic_map(ROWS)
 
 # Layers whose outputs are observed although they have no int8 form here: checkpoints have the observers.
 _OBSERVED_ONLY: tuple[type[nn.Module], ...] = (
@@ -113,6 +125,11 @@ def get_default_qat_module_mappings() -> ModuleMap:
 def get_default_static_quant_module_mappings() -> ModuleMap:
     """Float or QAT module class to int8 module class, as ``convert`` uses it; a copy."""
     return dict(DEFAULT_STATIC_QUANT_MODULE_MAPPINGS)
+
+
+def get_default_dynamic_quant_module_mappings() -> ModuleMap:
+    """Float module class to dynamically quantized module class, as ``quantize_dynamic`` uses it; a copy."""
+    return dict(DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS)
 
 
 def get_embedding_qat_module_mappings() -> ModuleMap:
@@ -149,6 +166,7 @@ def get_default_qconfig_propagation_list() -> set[Callable[..., Any]]:
     return {
         *DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
         *DEFAULT_QAT_MODULE_MAPPINGS,
+        *DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS,
         *_OBSERVED_ONLY,
         nn.Sequential,
     }
