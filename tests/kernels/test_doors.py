@@ -52,6 +52,14 @@ def test_cat(data: st.DataObject) -> None:
     assert torch.equal(result, torch.cat(wanted, dim))
 
 
+def test_cat_of_two_integer_types() -> None:
+    """Equal parameters are not enough to copy integers."""
+    parts = [torch.tensor([5, 100], dtype=torch.uint8), torch.tensor([-5, 100], dtype=torch.int8)]
+    result = kernels.cat(parts, [0.5, 0.5], [3, 3], 0, 0.5, 3, torch.uint8, 0, 255)
+    assert result.dtype is torch.uint8
+    assert result.tolist() == [5, 100, 0, 100]
+
+
 @given(st.data())
 def test_matmul(data: st.DataObject) -> None:
     kind, dtype = data.draw(SCALE_KINDS), data.draw(BYTES)

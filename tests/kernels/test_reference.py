@@ -84,6 +84,27 @@ def test_ties_go_to_even() -> None:
         assert result.flatten().tolist() == wanted
 
 
+@pytest.mark.parametrize(
+    ("total", "x_scale", "weight_scale", "scale", "wanted"),
+    [
+        (31924, 0.043260686099529266, 0.011884203180670738, 0.24680796265602112, 70),
+        (87933, 0.06487743556499481, 0.006829706486314535, 0.45570260286331177, 88),
+        (36819, 0.02137570083141327, 0.013418497517704964, 0.25447675585746765, 45),
+    ],
+)
+def test_scales_are_applied_one_after_the_other(
+    total: int, x_scale: float, weight_scale: float, scale: float, wanted: int
+) -> None:
+    """Rounding their product first would end one step away."""
+    squares, rest = divmod(total, 127 * 127)
+    tens, ones = divmod(rest, 127)
+    x = torch.tensor([[*[127] * squares, tens, ones]], dtype=torch.uint8)
+    weight = torch.tensor([[*[127] * squares, 127, 1]], dtype=torch.int8)
+    columns = torch.tensor([weight_scale]), torch.zeros(1, dtype=torch.int32)
+    result = reference.linear(x, x_scale, 0, weight, *columns, None, scale, 3, torch.uint8, 0, 255)
+    assert result.item() == wanted
+
+
 # --- quantize and dequantize ------------------------------------------------------------------------
 
 

@@ -211,6 +211,16 @@ def test_conversion_leaves_the_prepared_model(kind: str, as_trained: bool) -> No
     assert all(torch.equal(value, first[name]) for name, value in converted.state_dict().items())
 
 
+def test_from_float_leaves_the_weight_observer() -> None:
+    net = trained(plain_layer("Linear"), "onednn-1")
+    with torch.no_grad():
+        net.layer.weight.mul_(10)  # a look at it now would widen the range
+    before = {name: value.clone() for name, value in net.layer.weight_fake_quant.state_dict().items()}
+    eagerq.nn.quantized.Linear.from_float(net.layer)
+    after = net.layer.weight_fake_quant.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
 def test_precomputed_fake_quant_takes_no_other_look(ao: Oracle) -> None:
     layer = plain_layer("Linear")
     net = trained(layer, "onednn-1")
