@@ -1,11 +1,12 @@
 """int8 modules."""
 
-from eagerq.nn.quantized.base import QuantizedModule, WeightedQuantizedModule
+from eagerq.nn.quantized.base import WeightedQuantizedModule
 from eagerq.nn.quantized.conv import Conv1d, Conv2d, Conv3d
 from eagerq.nn.quantized.embedding import Embedding, EmbeddingBag
 from eagerq.nn.quantized.functional_modules import FloatFunctional, FXFloatFunctional, QFunctional
 from eagerq.nn.quantized.linear import Linear
 from eagerq.nn.quantized.quantize import DeQuantize, Quantize
+from eagerq.nn.quantized.state import QuantizedModule
 
 __all__ = [
     # base classes
