@@ -47,6 +47,7 @@ from eagerq.fuser_method_mappings import (
     fuse_linear_bn,
     get_fuser_method,
 )
+from eagerq.inspection import QuantType
 from eagerq.observer import (
     FixedQParamsObserver,
     HistogramObserver,
@@ -74,12 +75,15 @@ from eagerq.observer import (
     default_reuse_input_observer,
     default_symmetric_fixed_qparams_observer,
     default_weight_observer,
+    get_observer_state_dict,
+    load_observer_state_dict,
     per_channel_weight_observer_range_neg_127_to_127,
     weight_observer_range_neg_127_to_127,
 )
 from eagerq.qconfig import (
     QConfig,
     QConfigAny,
+    QConfigDynamic,
     default_activation_only_qconfig,
     default_debug_qconfig,
     default_dynamic_qat_qconfig,
@@ -106,6 +110,13 @@ from eagerq.qconfig import (
     per_channel_dynamic_qconfig,
     qconfig_equals,
 )
+from eagerq.qconfig_mapping import (
+    QConfigMapping,
+    get_default_qat_qconfig_dict,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_dict,
+    get_default_qconfig_mapping,
+)
 from eagerq.qtensor import (
     QTensor,
     quantize_per_channel,
@@ -115,6 +126,8 @@ from eagerq.quantization_mappings import (
     DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS,
     DEFAULT_QAT_MODULE_MAPPINGS,
     DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
+    get_combined_dict,
+    get_default_compare_output_module_list,
     get_default_dynamic_quant_module_mappings,
     get_default_qat_module_mappings,
     get_default_qconfig_propagation_list,
@@ -138,7 +151,7 @@ from eagerq.stubs import (
     QuantStub,
     QuantWrapper,
 )
-from eagerq.training import QATSchedule, calibrate, fine_tune
+from eagerq.training import QATSchedule, calibrate, default_eval_fn, fine_tune
 
 __all__ = [
     # errors
@@ -210,11 +223,16 @@ __all__ = [
     "default_reuse_input_observer",
     "default_symmetric_fixed_qparams_observer",
     "default_weight_observer",
+    "get_observer_state_dict",
+    "load_observer_state_dict",
     "per_channel_weight_observer_range_neg_127_to_127",
     "weight_observer_range_neg_127_to_127",
     # qconfigs
     "QConfig",
     "QConfigAny",
+    "QConfigDynamic",
+    "QConfigMapping",
+    "QuantType",
     "default_activation_only_qconfig",
     "default_debug_qconfig",
     "default_dynamic_qat_qconfig",
@@ -237,7 +255,11 @@ __all__ = [
     "float_qparams_weight_only_qconfig",
     "float_qparams_weight_only_qconfig_4bit",
     "get_default_qat_qconfig",
+    "get_default_qat_qconfig_dict",
+    "get_default_qat_qconfig_mapping",
     "get_default_qconfig",
+    "get_default_qconfig_dict",
+    "get_default_qconfig_mapping",
     "per_channel_dynamic_qconfig",
     "qconfig_equals",
     # quantized tensors
@@ -248,6 +270,8 @@ __all__ = [
     "DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS",
     "DEFAULT_QAT_MODULE_MAPPINGS",
     "DEFAULT_STATIC_QUANT_MODULE_MAPPINGS",
+    "get_combined_dict",
+    "get_default_compare_output_module_list",
     "get_default_dynamic_quant_module_mappings",
     "get_default_qat_module_mappings",
     "get_default_qconfig_propagation_list",
@@ -271,5 +295,6 @@ __all__ = [
     # training help
     "QATSchedule",
     "calibrate",
+    "default_eval_fn",
     "fine_tune",
 ]

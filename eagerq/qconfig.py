@@ -49,6 +49,7 @@ from eagerq.observer import (
 __all__ = [
     "QConfig",
     "QConfigAny",
+    "QConfigDynamic",
     "default_activation_only_qconfig",
     "default_debug_qconfig",
     "default_dynamic_qat_qconfig",
@@ -106,6 +107,15 @@ class QConfig(namedtuple("QConfig", ["activation", "weight"])):
                     remedy="please pass observer class instead; MyObserver.with_args(x=1) fills in arguments",
                 )
         return super().__new__(cls, activation, weight)
+
+
+class QConfigDynamic(QConfig):
+    """A :class:`QConfig` with nothing observed unless said; an old name, kept for old programs."""
+
+    __slots__ = ()
+
+    def __new__(cls, activation: Any = nn.Identity, weight: Any = nn.Identity) -> QConfigDynamic:
+        return super().__new__(cls, activation, weight)  # type: ignore[return-value]
 
 
 QConfigAny = QConfig | None

@@ -20,6 +20,8 @@ __all__ = [
     "DEFAULT_STATIC_QUANT_MODULE_MAPPINGS",
     "ROWS",
     "Row",
+    "get_combined_dict",
+    "get_default_compare_output_module_list",
     "get_default_dynamic_quant_module_mappings",
     "get_default_qat_module_mappings",
     "get_default_qconfig_propagation_list",
@@ -170,3 +172,19 @@ def get_default_qconfig_propagation_list() -> set[Callable[..., Any]]:
         *_OBSERVED_ONLY,
         nn.Sequential,
     }
+
+
+def get_default_compare_output_module_list() -> set[Callable[..., Any]]:
+    """The classes, float and quantized, whose outputs are worth comparing between two models."""
+    maps = (DEFAULT_STATIC_QUANT_MODULE_MAPPINGS, DEFAULT_QAT_MODULE_MAPPINGS, DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS)
+    return {kind for one in maps for pair in one.items() for kind in pair} | {nn.Sequential}
+
+
+def get_combined_dict(default_dict: dict[Any, Any], additional_dict: dict[Any, Any]) -> dict[Any, Any]:
+    """A map with the entries of both; the second's count where both have a key.
+
+    Example:
+        >>> get_combined_dict({"a": 1, "b": 1}, {"b": 2})
+        {'a': 1, 'b': 2}
+    """
+    return {**default_dict, **additional_dict}

@@ -20,6 +20,8 @@ __all__ = [
     "int4",
     "integer_dtype",
     "integer_type",
+    "is_per_channel",
+    "is_per_tensor",
     "per_channel_affine",
     "per_channel_affine_float_qparams",
     "per_channel_symmetric",
@@ -27,6 +29,7 @@ __all__ = [
     "per_tensor_symmetric",
     "quantization_range",
     "sharing",
+    "to_underlying_dtype",
     "uint4",
 ]
 
@@ -142,6 +145,29 @@ def sharing(qscheme: Any) -> Sharing:
         known = ", ".join(str(known_scheme) for known_scheme in _SHARING)
         raise InvalidConfigError(f"unknown qscheme {qscheme!r}", remedy=f"use one of {known}")
     return found
+
+
+def is_per_tensor(qscheme: Any) -> bool:
+    """Whether a qscheme shares one scale among all values."""
+    return qscheme in _SHARING and not _SHARING[qscheme].per_channel
+
+
+def is_per_channel(qscheme: Any) -> bool:
+    """Whether a qscheme has a scale for each channel."""
+    return qscheme in _SHARING and _SHARING[qscheme].per_channel
+
+
+def to_underlying_dtype(qdtype: torch.dtype) -> torch.dtype:
+    """The dtype that stores a quantized dtype's values; float8 stands for itself.
+
+    Raises:
+        InvalidConfigError: for a dtype that values cannot be quantized to.
+
+    Example:
+        >>> to_underlying_dtype(torch.uint4)
+        torch.uint8
+    """
+    return qdtype if str(qdtype).startswith("torch.float8_") else integer_type(qdtype).storage
 
 
 def quantization_range(

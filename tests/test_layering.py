@@ -23,8 +23,8 @@ LEVELS: dict[int, tuple[str, ...]] = {
     5: ("quantize", "fuse_modules", "quantization_mappings", "fuser_method_mappings", "nn.quantizable"),
     4: ("intrinsic",),
     3: ("nn.qat", "nn.quantized", "stubs"),
-    2: ("observer", "fake_quantize", "qconfig"),
-    1: ("functional", "qtensor", "qtensor_ops", "kernels"),
+    2: ("observer", "fake_quantize", "qconfig", "qconfig_mapping", "inspection"),
+    1: ("functional", "ranges", "qtensor", "qtensor_ops", "kernels"),
     0: ("errors", "scheme"),
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}

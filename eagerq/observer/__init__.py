@@ -33,6 +33,7 @@ from eagerq.observer.passive import (
     RecordingObserver,
     ReuseInputObserver,
 )
+from eagerq.observer.state import get_observer_state_dict, load_observer_state_dict
 
 __all__ = [
     # base classes
@@ -67,4 +68,7 @@ __all__ = [
     "default_weight_observer",
     "per_channel_weight_observer_range_neg_127_to_127",
     "weight_observer_range_neg_127_to_127",
+    # statistics
+    "get_observer_state_dict",
+    "load_observer_state_dict",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from eagerq.errors import InvalidArgumentError, InvalidConfigError, nearest
 from eagerq.qconfig import QConfig
+from eagerq.qconfig_mapping import QConfigMapping
 from eagerq.quantize.tree import is_leaf
 from eagerq.stubs import QuantWrapper
 
@@ -17,7 +19,7 @@ __all__ = ["add_quant_dequant", "propagate_qconfig_", "require_qconfig"]
 
 def propagate_qconfig_(
     module: nn.Module,
-    qconfig_dict: dict[Any, QConfig | None] | None = None,
+    qconfig_dict: dict[Any, QConfig | None] | QConfigMapping | None = None,
     prepare_custom_config_dict: dict[str, Any] | None = None,
 ) -> None:
     """Set ``qconfig`` on every submodule, in place.
@@ -26,7 +28,8 @@ def propagate_qconfig_(
     class, else its parent's.
 
     Args:
-        qconfig_dict: qconfigs by qualified name (``""`` is the root) or module class.
+        qconfig_dict: qconfigs by qualified name (``""`` is the root) or module class; or a
+            :class:`~eagerq.QConfigMapping`.
         prepare_custom_config_dict: ``non_traceable_module_name`` and ``non_traceable_module_class``
             list children that get none.
 
@@ -40,8 +43,7 @@ def propagate_qconfig_(
         >>> net[0].qconfig is None, net[1].qconfig is None
         (True, False)
     """
-    given = qconfig_dict or {}
-    _check_qconfig_keys(module, given)
+    find = _finder(module, qconfig_dict or {})
     custom = prepare_custom_config_dict or {}
     skipped_names = set(custom.get("non_traceable_module_name", ()))
     skipped_classes = tuple(custom.get("non_traceable_module_class", ()))
@@ -50,7 +52,7 @@ def propagate_qconfig_(
     def visit(current: nn.Module, inherited: Any, path: str) -> None:
         if current in plan:  # in two places: the first counts
             return
-        config = given.get(path, given.get(type_before_parametrizations(current), inherited))
+        config = find(path, type_before_parametrizations(current), inherited)
         config = plan[current] = getattr(current, "qconfig", config)
         for name, child in current.named_children():
             if name not in skipped_names and type(child) not in skipped_classes:
@@ -68,10 +70,19 @@ def propagate_qconfig_(
         current.qconfig = config
 
 
-def _check_qconfig_keys(root: nn.Module, given: dict[Any, Any]) -> None:
+def _finder(root: nn.Module, given: dict[Any, Any] | QConfigMapping) -> Callable[[str, type[nn.Module], Any], Any]:
+    """What tells a module's qconfig from its name, class and its parent's qconfig."""
+    if isinstance(given, QConfigMapping):
+        _check_keys(root, given.module_name_qconfigs)  # its classes and patterns may be meant for many models
+        return given.find
+    _check_keys(root, given)
+    return lambda name, kind, inherited: given.get(name, given.get(kind, inherited))
+
+
+def _check_keys(root: nn.Module, keys: Iterable[Any]) -> None:
     modules = dict(root.named_modules(remove_duplicate=False))
     kinds = {type_before_parametrizations(module) for module in modules.values()}
-    for key in given:
+    for key in keys:
         if isinstance(key, str) and key not in modules:
             raise InvalidArgumentError(
                 f"no module is named {key!r}; nearest names: {nearest(key, modules)}",

@@ -26,7 +26,7 @@ from eagerq.training.batches import (
     to_device,
 )
 
-__all__ = ["Calibration", "calibrate", "looking"]
+__all__ = ["Calibration", "calibrate", "default_eval_fn", "looking"]
 
 
 class Calibration(NamedTuple):
@@ -121,3 +121,12 @@ def calibrate(
     if not batches:
         raise no_batches("calibrate")
     return Calibration(batches, samples)
+
+
+def default_eval_fn(model: nn.Module, calib_data: Iterable[tuple[Any, Any]]) -> None:
+    """Run a model on the inputs of ``(input, target)`` pairs: a ``run_fn`` for :func:`eagerq.quantize`.
+
+    :func:`calibrate` does more: devices, progress, nested inputs.
+    """
+    for data, _ in calib_data:
+        model(data)

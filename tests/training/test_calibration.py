@@ -152,3 +152,11 @@ def test_calibrate_refuses_a_model_without_observers() -> None:
 def test_calibrate_refuses_steps(steps: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="steps must be an integer of at least 1"):
         calibrate(prepared(), batches(), steps=steps, progress=False)
+
+
+def test_default_eval_fn_is_a_run_fn_for_quantize() -> None:
+    model = eagerq.QuantWrapper(nn.Linear(4, 2))
+    model.qconfig = eagerq.default_qconfig
+    data = [(torch.full((1, 4), value), torch.zeros(1)) for value in (-1.0, 3.0)]
+    quantized = eagerq.quantize(model, eagerq.default_eval_fn, [data])
+    assert quantized.quant.scale == pytest.approx(4 / 127)
