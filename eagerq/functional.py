@@ -18,6 +18,7 @@ __all__ = [
     "affine_qparams",
     "can_update_natively",
     "channel_shape",
+    "dynamic_qparams",
     "fake_quantize",
     "float_qparams",
     "min_max",
@@ -121,6 +122,18 @@ def float_qparams(low: Tensor, high: Tensor, quant_min: int, quant_max: int, eps
     return _unobserved(scale, -1 * low / scale, observed)
 
 
+def _fitted(low: Tensor, high: Tensor, quant_min: int, quant_max: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale, mended where it is too small, and the zero point before it is rounded, in float64."""
+    # a range of zero width, or one too narrow for a finite 1/scale, gets an arbitrary scale
+    scale = torch.where(torch.isinf(1.0 / scale.float()), 0.1, scale)
+    small = scale < SMALLEST_TRAINING_SCALE
+    floor = torch.where(small, SMALLEST_TRAINING_SCALE, scale)
+    stretch = floor.float() / scale.float()
+    steps_below, steps_above = low * stretch / floor.double(), high * stretch / floor.double()
+    from_low = abs(quant_min) + steps_below.abs() < abs(quant_max) + steps_above.abs()
+    return floor, torch.where(from_low, quant_min - steps_below, quant_max - steps_above)
+
+
 def training_qparams(
     low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
@@ -144,21 +157,34 @@ def training_qparams(
         widest = torch.maximum((low / below).abs(), (high / above).abs()).double()
         low = torch.where(two_sided, (widest * below).float(), low)
         high = torch.where(two_sided, (widest * above).float(), high)
-    scale = ((high.double() - low) / span).float()
-    # a range of zero width, or one too narrow for a finite 1/scale, gets an arbitrary scale
-    scale = torch.where(torch.isinf(1.0 / scale), 0.1, scale)
-    small = scale < SMALLEST_TRAINING_SCALE
-    floor = torch.where(small, SMALLEST_TRAINING_SCALE, scale)
-    stretch = floor / scale
-    low, high, scale = low * stretch, high * stretch, floor
-
-    steps_below, steps_above = low / scale.double(), high / scale.double()
-    from_low = abs(quant_min) + steps_below.abs() < abs(quant_max) + steps_above.abs()
-    zero_point = torch.where(from_low, quant_min - steps_below, quant_max - steps_above)
+    scale, zero_point = _fitted(low, high, quant_min, quant_max, ((high.double() - low) / span).float())
     if symmetric:
         zero_point = torch.where(two_sided, (quant_min + quant_max) / 2, zero_point)
     zero_point = torch.round(zero_point.clamp(quant_min, quant_max)).to(torch.int64)
     return _unobserved(scale, zero_point, observed)
+
+
+def dynamic_qparams(low: Tensor, high: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
+    """Parameters of a float input that is quantized as it comes, to integers from 0 on.
+
+    The affine case of :func:`training_qparams`, but the scale stays float64: where the range is symmetric
+    the two part by one in the zero point.
+
+    Args:
+        low, high: float32, 0-d, the input's range.
+
+    Returns:
+        scale: float64 and zero point: float32, each 0-d; NaN for a range that is not finite.
+
+    Example:
+        >>> scale, zero_point = dynamic_qparams(torch.tensor(-1.0), torch.tensor(3.0), 255)
+        >>> round(scale.item(), 4), zero_point.item()
+        (0.0157, 64.0)
+    """
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = (high.double() - low) / quant_max
+    scale, zero_point = _fitted(low, high, 0, quant_max, scale.masked_fill(torch.isinf(scale), torch.nan))
+    return scale, zero_point.clamp(0, quant_max).round_().float()
 
 
 def training_integers(

@@ -1,6 +1,7 @@
 """The doors to integer arithmetic: plain tensors in, plain tensors out, the fastest exact way."""
 
 from eagerq.kernels.doors import cat, conv, linear, matmul, quantize
+from eagerq.kernels.dynamic import linear_dynamic, linear_dynamic_float16
 from eagerq.kernels.embedding import embedding, embedding_bag
 from eagerq.kernels.reference import (
     add,
@@ -19,6 +20,8 @@ __all__ = [
     "embedding",
     "embedding_bag",
     "linear",
+    "linear_dynamic",
+    "linear_dynamic_float16",
     "matmul",
     "mul",
     "quantize",

@@ -1,7 +1,7 @@
 """int8 linear and convolution on x86 through oneDNN's operators, which take plain integer tensors.
 
 What they cannot do exactly is refused here (``NotImplemented``) and goes to the reference: outputs of
-other types than 8-bit integers, weights most of whose zero points are not zero, sums that could leave
+other types than 8-bit integers and float32, weights most of whose zero points are not zero, sums that could leave
 int32 (or int16, on processors without VNNI), and convolutions with a window wholly in padding, which
 oneDNN gets wrong for thin groups.  So are shapes that do not fit each other, which it would not always
 notice.
@@ -25,6 +25,7 @@ __all__ = ["available", "conv", "linear"]
 
 _NAMES = ("qlinear_prepack", "qlinear_pointwise", "qconv_prepack", "qconv_pointwise")
 _BYTES = (torch.uint8, torch.int8)
+_RESULTS = (*_BYTES, torch.float32)
 # products of a byte and a signed byte that an int32 sum can take
 _LONGEST_SUM = (2**31 - 1) // (255 * 128)
 
@@ -63,6 +64,8 @@ def _post_op(
     dim: int, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int
 ) -> tuple[str, list[float], bool]:
     """oneDNN's name and arguments for clamping to ``[low, high]``, and whether the integers are still to clamp."""
+    if dtype is torch.float32:
+        return "none", [], False
     least, most = (0, 255) if dtype is torch.uint8 else (-128, 127)
     if low <= least and high >= most:
         return "none", [], False
@@ -91,7 +94,7 @@ def linear(
     rows = x.numel() // max(x.shape[-1], 1)
     if (
         x.dtype not in _BYTES
-        or dtype not in _BYTES
+        or dtype not in _RESULTS
         or weight.dtype is not torch.int8
         or weight.shape[1] > _LONGEST_SUM
         or weight.shape[1] != x.shape[-1]
@@ -161,7 +164,7 @@ def conv(
     kernel = weight.shape[2:]
     if (
         x.dtype not in _BYTES
-        or dtype not in _BYTES
+        or dtype not in _RESULTS
         or weight.dtype is not torch.int8
         or weight.numel() > _LONGEST_SUM * weight.shape[0]
         or weight.shape[1] * groups != x.shape[1]

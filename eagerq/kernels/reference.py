@@ -104,6 +104,8 @@ def _requantize(
     y = total.to(torch.float32).mul_(x_scale).mul_(weight_scale.reshape(shape))
     if bias is not None:
         y.add_(bias.reshape(shape))
+    if dtype.is_floating_point:  # real numbers are asked for
+        return y.to(dtype)
     return _stored(y.mul_(_inverse(scale)).add_(zero_point).round_(), dtype, low, high)
 
 
@@ -125,7 +127,7 @@ def linear(
     low: int,
     high: int,
 ) -> Tensor:
-    """Integers ``[…, in]`` times integers ``[out, in]``, requantized to ``[…, out]``."""
+    """Integers ``[…, in]`` times integers ``[out, in]``, requantized to ``[…, out]``; left real in a float dtype."""
     total = F.linear(x.double().sub_(x_zero_point), _centred(weight, weight_zero_point))
     return _requantize(total, -1, x_scale, weight_scale, bias, scale, zero_point, dtype, low, high)
 
@@ -150,6 +152,7 @@ def conv(
 ) -> Tensor:
     """1-, 2- or 3-dimensional convolution of integers ``[N, C, …]``, requantized; padding means 0.0.
 
+    A float dtype leaves the result in real numbers.
     The result has its channels last in memory.
     """
     total = _CONVOLUTIONS[x.dim()](

@@ -1,0 +1,120 @@
+"""Layers that quantize their float input as it comes, by its own range, and return float32.
+
+The arithmetic is torch's, bit for bit: every scale is held by its inverse, so it is inverted twice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eagerq.functional import dynamic_qparams
+from eagerq.kernels import doors, reference
+from eagerq.kernels.dispatch import Kernel
+
+__all__ = ["linear_dynamic", "linear_dynamic_float16"]
+
+_WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_zero_point, Tensor? bias"
+# what a door is told to leave its result in real numbers
+_REAL = (1.0, 0, torch.float32, 0, 0)
+# the same formula as dynamic_qparams, in one call
+_NATIVE = getattr(torch, "_choose_qparams_per_tensor", None)
+
+
+def _steps(x: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor:
+    inverse = scale.reciprocal() if isinstance(scale, Tensor) else reference.single(1.0 / scale)
+    return (x * inverse).add_(zero_point).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _twice_inverted(scale: Tensor) -> Tensor:
+    return scale.reciprocal().float().reciprocal_()
+
+
+def _by_tensors(x: Tensor, reduce_range: bool) -> tuple[Tensor, Any, Any]:
+    """``x`` in uint8, its scale and zero point, without a word from the device."""
+    x = x.detach().float()
+    if x.numel() == 0:
+        return x.to(torch.uint8), 1.0, 0
+    exact, zero_point = dynamic_qparams(*torch.aminmax(x), 127 if reduce_range else 255)
+    scale = _twice_inverted(exact)
+    return _steps(x, scale, zero_point), scale, zero_point
+
+
+def _by_numbers(x: Tensor, reduce_range: bool) -> tuple[Tensor, float, int] | None:
+    """As :func:`_by_tensors`, with Python numbers for the doors; None where the range is not finite."""
+    x = x.detach().float()
+    if _NATIVE is None or x.numel() == 0:
+        return None
+    extremes = torch.stack(torch.aminmax(x))
+    if not all(map(math.isfinite, extremes.tolist())):
+        return None
+    exact, zero_point = _NATIVE(extremes, reduce_range)
+    scale = reference.single(1.0 / reference.single(1.0 / exact))
+    return _steps(x, scale, zero_point), scale, zero_point
+
+
+def _linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    reduce_range: bool,
+) -> Tensor:
+    """See :data:`linear_dynamic`."""
+    steps, scale, zero_point = _by_tensors(x, reduce_range)
+    weight_scale = _twice_inverted(weight_scale)
+    return reference.linear(steps, scale, zero_point, weight, weight_scale, weight_zero_point, bias, *_REAL)
+
+
+def _linear_cpu(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    reduce_range: bool,
+) -> Any:
+    quantized = _by_numbers(x, reduce_range)
+    if quantized is None:
+        return NotImplemented
+    return doors.linear.run(*quantized, weight, _twice_inverted(weight_scale), weight_zero_point, bias, *_REAL)
+
+
+def _fake_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    reduce_range: bool,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+linear_dynamic = Kernel(
+    f"linear_dynamic(Tensor x, {_WEIGHT}, bool reduce_range) -> Tensor", _linear_reference, _fake_linear
+)
+"""``x @ weight.T + bias`` in float32, with ``x`` in uint8 for the product.
+
+Args:
+    x: float ``[…, in]``; NaN or infinity anywhere makes the whole result NaN.
+    weight, weight_scale, weight_zero_point, bias: as for :func:`eagerq.kernels.linear`.
+    reduce_range: spread the input's range over 0 to 127 rather than 255, for processors without VNNI.
+"""
+linear_dynamic.register("cpu", _linear_cpu)
+
+
+def linear_dynamic_float16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` in float32, the weight being stored in float16.
+
+    Args:
+        x: float ``[…, in]``.
+        weight: float16 ``[out, in]``.
+        bias: float32 ``[out]``.
+    """
+    return F.linear(x.float(), weight.float(), bias)
