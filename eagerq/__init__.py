@@ -7,6 +7,7 @@ from eagerq.errors import (
     InvalidArgumentError,
     InvalidConfigError,
     InvalidInputError,
+    MissingExtraError,
     UnsupportedError,
 )
 from eagerq.fake_quantize import (
@@ -160,6 +161,7 @@ __all__ = [
     "InvalidArgumentError",
     "InvalidConfigError",
     "InvalidInputError",
+    "MissingExtraError",
     "UnsupportedError",
     # fake quantizers
     "FakeQuantize",

@@ -19,6 +19,7 @@ __all__ = [
     "InvalidArgumentError",
     "InvalidConfigError",
     "InvalidInputError",
+    "MissingExtraError",
     "UnsupportedError",
     "calling_module",
     "describe",
@@ -71,6 +72,10 @@ class InvalidInputError(EagerqError, RuntimeError):
 
 class UnsupportedError(EagerqError, NotImplementedError):
     """Something that eagerq does not do (on purpose, or not yet)."""
+
+
+class MissingExtraError(EagerqError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
 
 
 class CheckpointError(EagerqError, RuntimeError):

@@ -18,6 +18,7 @@ FAMILY = {
     errors.InvalidInputError: RuntimeError,
     errors.UnsupportedError: NotImplementedError,
     errors.CheckpointError: RuntimeError,
+    errors.MissingExtraError: ImportError,
 }
 
 
