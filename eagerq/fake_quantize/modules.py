@@ -9,11 +9,13 @@ a compiled model follows :func:`enable_observer` and its kin.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from eagerq.checkpoint import UpgradingModule, bad_qparams
 from eagerq.errors import InvalidConfigError
 from eagerq.functional import (
     can_update_natively,
@@ -27,7 +29,7 @@ from eagerq.observer import (
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
 )
-from eagerq.observer.base import _WithArgs, resize_buffers
+from eagerq.observer.base import _WithArgs
 from eagerq.scheme import integer_type, sharing
 
 __all__ = [
@@ -44,7 +46,7 @@ __all__ = [
 ]
 
 
-class FakeQuantizeBase(_WithArgs, ABC, nn.Module):
+class FakeQuantizeBase(_WithArgs, ABC, UpgradingModule):
     """Base of the fake quantizers: two switches, for rounding and for observing, both on at first."""
 
     fake_quant_enabled: Tensor
@@ -114,6 +116,13 @@ class FakeQuantizeBase(_WithArgs, ABC, nn.Module):
         if (buffer := self._changed("observer_enabled")) is not None:
             self._observer_on = bool(buffer.item())
 
+    def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
+        super()._upgrade_state(state, prefix, version)
+        for name in ("fake_quant_enabled", "observer_enabled"):
+            value = state.get(prefix + name)
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                state[prefix + name] = value.to(self._switch_dtype)  # classes differ in the width
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._read_switches()  # compiled code will not look at the buffers
@@ -146,7 +155,7 @@ class FakeQuantize(FakeQuantizeBase):
         tensor([0.0000, 1.0000, 2.5500])
     """
 
-    _resizable = ("scale", "zero_point")
+    _resizable: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
 
     scale: Tensor
     zero_point: Tensor
@@ -228,9 +237,10 @@ class FakeQuantize(FakeQuantizeBase):
             f"zero_point={self.zero_point}"
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        resize_buffers(self, self._resizable, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _state_problems(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        yield from super()._state_problems(state, prefix)
+        kind = None if self.zero_point.is_floating_point() else integer_type(self.dtype)
+        yield from bad_qparams(prefix, state, None if self.is_per_channel else (1,), kind)
 
 
 class FixedQParamsFakeQuantize(FakeQuantize):

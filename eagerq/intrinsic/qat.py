@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from eagerq.checkpoint import UpgradingModule, rename
 from eagerq.functional import channel_shape
 from eagerq.intrinsic import fused
 from eagerq.kernels.dispatch import Kernel
@@ -134,8 +136,15 @@ class BatchNormMixin(QATMixin):
         return weight * factor.reshape(channel_shape(weight.dim(), 0)), bn.bias.detach() - shift * factor
 
 
-class _ConvBn(BatchNormMixin, ConvQAT):
+class _ConvBn(BatchNormMixin, UpgradingModule, ConvQAT):
     """The constructor of the convolutions with batch norm."""
+
+    _version = 2
+
+    def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
+        names = {name: f"bn.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+        rename(state, prefix, {"gamma": "bn.weight", "beta": "bn.bias", **names})  # the first format
+        super()._upgrade_state(state, prefix, version)
 
     def __init__(
         self,

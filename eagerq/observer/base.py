@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eagerq import functional
+from eagerq.checkpoint import UpgradingModule
 from eagerq.errors import UnsupportedError
 from eagerq.scheme import integer_dtype, integer_type, per_tensor_affine, quantization_range, sharing
 
-__all__ = ["ObserverBase", "UniformQuantizationObserverBase", "resize_buffers"]
+__all__ = ["ObserverBase", "UniformQuantizationObserverBase", "fill_empty_bounds"]
 
 DEFAULT_EPS = torch.finfo(torch.float32).eps
 
@@ -61,7 +62,7 @@ class _WithArgs:
         return _PartialWrapper(partial(cls), kwargs)
 
 
-class ObserverBase(_WithArgs, ABC, nn.Module):
+class ObserverBase(_WithArgs, ABC, UpgradingModule):
     """Base of all observers: looks at tensors, returns them unchanged, and tells parameters.
 
     Args:
@@ -108,8 +109,6 @@ class UniformQuantizationObserverBase(ObserverBase):
     """
 
     _version = 3
-    _resizable: tuple[str, ...] = ()
-
     eps: Tensor
     min_val: Tensor
     max_val: Tensor
@@ -199,19 +198,15 @@ class UniformQuantizationObserverBase(ObserverBase):
     def extra_repr(self) -> str:
         return f"min_val={self.min_val}, max_val={self.max_val}"
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        if (local_metadata.get("version") or 1) < 2:  # the first format kept eps as a constant
-            state_dict.setdefault(f"{prefix}eps", self.eps)
-        resize_buffers(self, self._resizable, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
+        super()._upgrade_state(state, prefix, version)
+        if (version or 1) < 2 and f"{prefix}min_val" in state:  # the first format kept eps as a constant
+            state.setdefault(f"{prefix}eps", self.eps)
 
 
-def resize_buffers(module: nn.Module, names: tuple[str, ...], state_dict: Mapping[str, Any], prefix: str) -> None:
-    """Give ``module``'s buffers the shapes found in a state_dict, ready for the values to be copied."""
-    for name in names:
-        value = state_dict.get(prefix + name)
-        buffer = module._buffers[name]
-        if isinstance(value, Tensor) and buffer is not None and value.shape != buffer.shape:
-            module._buffers[name] = buffer.new_empty(value.shape)
+def fill_empty_bounds(state: MutableMapping[str, Any], prefix: str) -> None:
+    """Old formats kept ``min_val`` and ``max_val`` empty until data was seen; today they are infinite."""
+    for name, start in (("min_val", torch.inf), ("max_val", -torch.inf)):
+        value = state.get(prefix + name)
+        if isinstance(value, Tensor) and value.numel() == 0:
+            state[prefix + name] = value.new_full((), start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from ctypes import c_float
 from functools import cache
 from itertools import accumulate, islice, repeat
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eagerq.errors import UnsupportedError
-from eagerq.observer.base import DEFAULT_EPS, UniformQuantizationObserverBase
+from eagerq.observer.base import DEFAULT_EPS, UniformQuantizationObserverBase, fill_empty_bounds
 from eagerq.scheme import integer_type, per_tensor_affine
 
 __all__ = ["HistogramObserver"]
@@ -172,13 +172,9 @@ class HistogramObserver(UniformQuantizationObserverBase):
         self.min_val.fill_(torch.inf)
         self.max_val.fill_(-torch.inf)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # before version 3 the bounds were empty until data was seen
-        for name, start in (("min_val", torch.inf), ("max_val", -torch.inf)):
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and value.numel() == 0:
-                state_dict[prefix + name] = value.new_full((), start)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
+        fill_empty_bounds(state, prefix)
+        super()._upgrade_state(state, prefix, version)
 
 
 def _count(x: Tensor, bins: int, low: float, high: float) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from eagerq.checkpoint import rename
 from eagerq.errors import InvalidInputError, UnsupportedError
 from eagerq.functional import min_max, moving_average
-from eagerq.observer.base import DEFAULT_EPS, UniformQuantizationObserverBase
+from eagerq.observer.base import DEFAULT_EPS, UniformQuantizationObserverBase, fill_empty_bounds
 from eagerq.scheme import per_channel_affine, per_tensor_affine
 
 __all__ = [
@@ -88,6 +90,10 @@ class MinMaxObserver(_RangeObserver):
         self.register_buffer("min_val", torch.tensor(torch.inf, **kwargs))
         self.register_buffer("max_val", torch.tensor(-torch.inf, **kwargs))
 
+    def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
+        fill_empty_bounds(state, prefix)
+        super()._upgrade_state(state, prefix, version)
+
     def reset_min_max_vals(self) -> None:
         self.min_val.fill_(torch.inf)
         self.max_val.fill_(-torch.inf)
@@ -140,7 +146,7 @@ class PerChannelMinMaxObserver(_RangeObserver):
         others: as for :class:`MinMaxObserver`, with per-channel schemes only.
     """
 
-    _resizable = ("min_val", "max_val")
+    _resizable: ClassVar[tuple[str, ...]] = ("min_val", "max_val")
 
     def __init__(
         self,
@@ -163,6 +169,16 @@ class PerChannelMinMaxObserver(_RangeObserver):
         kwargs = dict(factory_kwargs or {})
         self.register_buffer("min_val", torch.tensor([], **kwargs))
         self.register_buffer("max_val", torch.tensor([], **kwargs))
+
+    def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
+        rename(state, prefix, {"min_vals": "min_val", "max_vals": "max_val"})  # before version 3
+        super()._upgrade_state(state, prefix, version)
+
+    def _state_problems(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        yield from super()._state_problems(state, prefix)
+        shapes = [tuple(value.shape) for name in self._resizable if (value := state.get(prefix + name)) is not None]
+        if shapes and (len({*shapes}) > 1 or len(shapes[0]) != 1):
+            yield f"{prefix}min_val and max_val have shapes {shapes}, but a value for each channel was expected"
 
     def reset_min_max_vals(self) -> None:
         self.min_val, self.max_val = self.min_val.new_empty(0), self.max_val.new_empty(0)

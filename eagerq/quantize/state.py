@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from eagerq.checkpoint import UpgradingModule, misfit, restate
 from eagerq.errors import CheckpointError, nearest
-from eagerq.scheme import integer_type
 
 __all__ = ["StateCheck", "install_state_check"]
 
 _SHOWN = 5
 
 
-def _owner(root: nn.Module, key: str) -> tuple[nn.Module, str]:
-    path, _, name = key.rpartition(".")
-    return root.get_submodule(path), name
+def _upgrading(root: nn.Module, prefix: str) -> Iterator[tuple[str, UpgradingModule]]:
+    """The modules that have a say about their entries, with what these begin with."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        if isinstance(module, UpgradingModule):
+            yield f"{prefix}{path}." if path else prefix, module
 
 
 def _listed(keys: list[str]) -> str:
@@ -26,32 +28,17 @@ def _listed(keys: list[str]) -> str:
     return ", ".join(keys[:_SHOWN]) + more
 
 
-def _misfit(key: str, value: Any, own: Tensor, resizable: bool) -> str | None:
-    """What is wrong with one entry, or None."""
-    if not isinstance(value, Tensor):
-        return f"{key} is a {type(value).__name__}, not a tensor"
-    if value.shape != own.shape and not (resizable and min(value.numel(), own.numel()) <= 1):
-        return f"{key} has shape {tuple(value.shape)}, the model's {tuple(own.shape)}"
-    if own.dtype == value.dtype or (own.is_floating_point() and value.is_floating_point()):
-        return None
-    if own.is_floating_point() != value.is_floating_point():
-        return f"{key} is of {value.dtype}, the model's of {own.dtype}"
-    # integers of another width may hold the same values (old files keep zero points as int64)
-    if value.dtype is torch.int64 or own.numel() == 0:
-        kind = integer_type(own.dtype) if own.dtype not in (torch.int64, torch.bool) else None
-        if kind is None or bool(((value >= kind.minimum) & (value <= kind.maximum)).all()):
-            return None
-    return f"{key} is of {value.dtype}, the model's of {own.dtype}: another bit width"
+def _running(name: str, otherwise: Any) -> Any:
+    """A local variable of the running ``load_state_dict``, which tells its hooks too little.
 
-
-def _strict(given: bool) -> bool:
-    """The ``strict`` of the running ``load_state_dict``, which tells its hooks True whatever it is."""
+    They hear that ``strict`` is True whatever it is, and only the root's see the versions.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is nn.Module.load_state_dict.__code__:
-            return bool(frame.f_locals["strict"])
+            return frame.f_locals.get(name, otherwise)
         frame = frame.f_back  # type: ignore[assignment]
-    return given
+    return otherwise
 
 
 class StateCheck:
@@ -61,14 +48,23 @@ class StateCheck:
     neither the old nor the new.
     """
 
-    def problems(self, root: nn.Module, state_dict: dict[str, Any], prefix: str, strict: bool) -> list[str]:
+    def upgrade(self, root: nn.Module, state_dict: dict[str, Any], prefix: str, versions: Mapping[str, Any]) -> None:
+        """Bring the entries to today's form, in place.
+
+        Args:
+            versions: metadata of each module, by its path.
+        """
+        restate(state_dict, prefix)
+        for dot, module in _upgrading(root, prefix):
+            module._upgrade_state(state_dict, dot, versions.get(dot[:-1], {}).get("version"))
+
+    def problems(self, root: nn.Module, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> list[str]:
         """What does not fit, in words; nothing is changed."""
         own = {prefix + key: value for key, value in root.state_dict().items()}
         found = []
-        optional = set()
-        for path, module in root.named_modules():
-            dot = f"{prefix}{path}." if path else prefix
-            optional |= {dot + name for name in getattr(module, "_optional_state", ())}
+        modules = dict(_upgrading(root, prefix))
+        optional = {dot + name for dot, module in modules.items() for name in module._optional_state}
+        resizable = {dot + name for dot, module in modules.items() for name in module._resizable}
         missing = [key for key in own if key not in state_dict and key not in optional]
         extra = [key for key in map(str, state_dict) if key.startswith(prefix) and key not in {*own, *optional}]
         if strict and missing:
@@ -77,10 +73,10 @@ class StateCheck:
             found.append(f"it has {_listed(extra)} besides (nearest to the first: {nearest(extra[0], own)})")
         for key, mine in own.items():
             if key in state_dict and isinstance(mine, Tensor):
-                module, name = _owner(root, key[len(prefix) :])
-                misfit = _misfit(key, state_dict[key], mine, name in getattr(module, "_resizable", ()))
-                if misfit:
-                    found.append(misfit)
+                wrong = misfit(key, state_dict[key], mine, key in resizable)
+                found += [wrong] if wrong else []
+        for dot, module in modules.items():
+            found += module._state_problems(state_dict, dot)
         return found
 
     def __call__(
@@ -92,7 +88,8 @@ class StateCheck:
         strict: bool,
         *lists: list[str],
     ) -> None:
-        found = self.problems(module, state_dict, prefix, _strict(strict))
+        self.upgrade(module, state_dict, prefix, _running("metadata", None) or {})
+        found = self.problems(module, state_dict, prefix, _running("strict", strict))
         if found:
             more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise CheckpointError(

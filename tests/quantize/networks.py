@@ -220,13 +220,30 @@ def to_fuse(model: nn.Module) -> list[list[str]]:
     return groups
 
 
-def prepared(kind: type[Network], library: Library = OURS, engine: str = "onednn", seed: int = 0) -> nn.Module:
+def prepared(
+    kind: type[Network], library: Library = OURS, engine: str = "onednn", seed: int = 0, mapping: Any = None
+) -> nn.Module:
     """Fused and prepared for training; equal weights for equal seeds."""
     torch.manual_seed(seed)
     model = kind(library).train()
     model.qconfig = library.api.get_default_qat_qconfig(engine)
     library.api.fuse_modules_qat(model, to_fuse(model), inplace=True)
-    return library.api.prepare_qat(model, inplace=True)
+    return library.api.prepare_qat(model, mapping, inplace=True)
+
+
+def completed(ao: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """torch.ao's maps (to QAT and to int8) with the classes that it has, but left out of them."""
+    added = {nn.Conv1d: getattr(ao.qat, "Conv1d", None)}
+    added[ao.intrinsic.ConvReLU1d] = getattr(ao.intrinsic_qat, "ConvReLU1d", None)
+    int8 = {added[nn.Conv1d]: ao.quantized.Conv1d, added[ao.intrinsic.ConvReLU1d]: ao.intrinsic_quantized.ConvReLU1d}
+    api = ao.quantization
+    training = {**api.get_default_qat_module_mappings(), **{key: value for key, value in added.items() if value}}
+    return training, {**api.get_default_static_quant_module_mappings(), **int8}
+
+
+def prepared_oracle(ao: Any, kind: type[Network], engine: str = "onednn", seed: int = 0) -> nn.Module:
+    """As :func:`prepared`, by torch.ao."""
+    return prepared(kind, oracle(ao), engine, seed, completed(ao)[0])
 
 
 def train(model: nn.Module, kind: type[Network], steps: int = 3) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Oracle
-from quantize.networks import NETWORKS, Network, images, oracle, prepared, to_fuse, train
+from quantize.networks import NETWORKS, Network, completed, images, prepared, prepared_oracle, train
 from torch import nn
 
 import eagerq
@@ -63,29 +63,14 @@ def test_every_activation_between_the_stubs_is_quantized(kind: type[Network]) ->
 @each_network
 def test_prepared_checkpoints_and_int8_outputs_equal_the_oracle(ao: Oracle, kind: type[Network]) -> None:
     ours = trained(kind)
-    theirs = oracle(ao)
-    other = kind(theirs).train()
-    other.qconfig = theirs.api.get_default_qat_qconfig("onednn")
-    theirs.api.fuse_modules_qat(other, to_fuse(other), inplace=True)
-    mapping = {
-        **theirs.api.get_default_qat_module_mappings(),
-        # torch.ao has these, but left them out of its map
-        nn.Conv1d: getattr(ao.qat, "Conv1d", None),
-        ao.intrinsic.ConvReLU1d: getattr(ao.intrinsic_qat, "ConvReLU1d", None),
-    }
-    other = theirs.api.prepare_qat(other, mapping={key: value for key, value in mapping.items() if value})
+    other = prepared_oracle(ao, kind, seed=3)
     dtypes = {key: value.dtype for key, value in ours.state_dict().items()}
     assert {key: value.dtype for key, value in other.state_dict().items()} == dtypes
     other.load_state_dict(ours.state_dict())
     x = images(kind)
     torch.testing.assert_close(other.eval()(x), ours.eval()(x), rtol=1e-4, atol=1e-5)
     other.load_state_dict(ours.state_dict())  # the forward above moved the observers
-    static = {
-        **theirs.api.get_default_static_quant_module_mappings(),
-        getattr(ao.qat, "Conv1d", None): ao.quantized.Conv1d,
-        getattr(ao.intrinsic_qat, "ConvReLU1d", None): ao.intrinsic_quantized.ConvReLU1d,
-    }
-    reference = theirs.api.convert(other, mapping=static)
+    reference = ao.quantization.convert(other, mapping=completed(ao)[1])
     assert torch.equal(eagerq.convert(ours)(x), reference(x))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from eagerq import kernels
+from eagerq.checkpoint import bad_range, bad_scale
 from eagerq.errors import InvalidConfigError, InvalidInputError
 from eagerq.fake_quantize import FakeQuantizeBase
 from eagerq.functional import channel_shape, min_max, training_integers
@@ -193,6 +194,11 @@ class RequantizingModule(QuantizedModule):
         if (output.low, output.high) != (kind.minimum, kind.maximum):
             state["quant_range"] = torch.tensor([output.low, output.high], dtype=torch.int32)
         return state
+
+    def _state_problems(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        yield from super()._state_problems(state, prefix)
+        yield from bad_scale(f"{prefix}scale", state)
+        yield from bad_range(f"{prefix}quant_range", state, integer_type(self.output.dtype))
 
     def _take_tensors(self, state: Mapping[str, Tensor], assign: bool) -> None:
         kind = integer_type(self.output.dtype)

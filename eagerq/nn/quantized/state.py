@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from eagerq.checkpoint import UpgradingModule, bad_qparams, misfit, restate
+from eagerq.scheme import integer_type
 
 __all__ = ["QuantizedModule", "StoredTensors"]
 
 _Stored = TypeVar("_Stored", bound="StoredTensors")
 
 
-class QuantizedModule(nn.Module):
+class QuantizedModule(UpgradingModule):
     """Base of the int8 modules: whatever ``forward`` keeps its values in, they are saved as plain tensors."""
-
-    _optional_state: ClassVar[tuple[str, ...]] = ()
 
     def _tensors(self) -> dict[str, Tensor]:
         """What the state_dict holds, by name."""
@@ -31,39 +32,57 @@ class QuantizedModule(nn.Module):
 
     def _load_from_state_dict(
         self,
-        state_dict: dict[str, Any],
+        state_dict: MutableMapping[str, Any],
         prefix: str,
-        local_metadata: dict[str, Any],
+        local_metadata: Mapping[str, Any],
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        known = self._tensors()
-        names = (*known, *self._optional_state)
+        restate(state_dict, prefix)
         others: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, others, error_msgs)
+        known = self._tensors()
+        names = (*known, *self._optional_state)
         unexpected_keys += [key for key in others if key[len(prefix) :] not in names]
-        found = {}
-        for name in names:
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor):
-                found[name] = value
-            elif strict and name not in self._optional_state:
-                missing_keys.append(prefix + name)
-            if name in known and name in found and found[name].numel() != known[name].numel():
-                error_msgs.append(
-                    f"size mismatch for {prefix + name}: {tuple(found[name].shape)} in the file, "
-                    f"{tuple(known[name].shape)} in the model"
-                )
+        given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        if strict:
+            missing_keys += [prefix + name for name in known if name not in (*given, *self._optional_state)]
+        checks = (
+            misfit(prefix + name, value, known[name], name in self._resizable)
+            for name, value in given.items()
+            if name in known
+        )
+        error_msgs += filter(None, (*checks, *self._state_problems(state_dict, prefix)))
         if not error_msgs:
-            self._take_tensors(found, assign=local_metadata.get("assign_to_params_buffers", False))
+            self._take_tensors(given, assign=local_metadata.get("assign_to_params_buffers", False))
 
 
 class StoredTensors(QuantizedModule):
-    """Base of those with tensors to save: buffers of the state's names, each behind an underscore."""
+    """Base of those with tensors to save: buffers of the state's names, each behind an underscore.
+
+    Where there are ``x``, ``x_scale`` and ``x_zero_point``, they are a table of integers with one scale,
+    or one for each index of its first axis; files of either kind are taken.
+    """
 
     _STORED: tuple[str, ...]
+
+    @property
+    def _resizable(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(f"{name}_{what}" for name in self._tables() for what in ("scale", "zero_point"))
+
+    def _tables(self) -> list[str]:
+        return [name for name in self._STORED if {f"{name}_scale", f"{name}_zero_point"} <= {*self._STORED}]
+
+    def _state_problems(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        yield from super()._state_problems(state, prefix)
+        for name in self._tables():
+            table, zero_point = self._buffers[f"_{name}"], self._buffers[f"_{name}_zero_point"]
+            assert table is not None
+            assert zero_point is not None
+            kind = None if zero_point.is_floating_point() else integer_type(table.dtype)
+            yield from bad_qparams(f"{prefix}{name}_", state, (1, table.shape[0]), kind)
 
     def _store(self, *values: Tensor | None) -> None:
         """Register the buffers; all after the last value given are left out."""

@@ -1,0 +1,242 @@
+"""State dicts written by torch.ao's converted models, restated in plain tensors; and older forms of ours.
+
+torch.ao saves quantized tensors, tuples of them and, for dynamic recurrent layers, script objects.
+Here they are only asked what they hold (``int_repr()``, ``q_scale()`` …), so that the file names nothing
+that torch is about to delete: where quantized tensors are gone, there is none to meet either.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from eagerq.errors import CheckpointError
+from eagerq.scheme import IntegerType, integer_type, sharing
+
+__all__ = ["UpgradingModule", "bad_qparams", "bad_range", "bad_scale", "from_torch_ao", "misfit", "rename", "restate"]
+
+_PACKED = "_packed_params"
+
+
+def from_torch_ao(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """A torch.ao converted model's state_dict, in the plain tensors that eagerq's models save.
+
+    Loading does this by itself.  Do it once and save the result to be rid of quantized tensors for good:
+    ``torch.save`` with ``weights_only`` loading, safetensors and the like all take it.
+
+    Args:
+        state_dict: of a model converted by torch.ao (or of a part of one); left as it is.  Entries that are
+            plain already are passed on, so that a prepared model's comes back the same.
+
+    Returns:
+        A new dict with the same keys but for these: a quantized tensor ``x.weight`` becomes ``x.weight``
+        (integers), ``x.weight_scale`` (float32) and ``x.weight_zero_point`` (int32; float32 for embeddings);
+        ``x._packed_params`` and what lies below it become the weight and the bias of ``x``.
+
+    Raises:
+        CheckpointError: for a quantized tensor whose parameters eagerq has no place for.
+
+    Example:
+        >>> import warnings, torch
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")  # torch deprecates its quantized tensors
+        ...     theirs = torch.quantize_per_tensor(torch.tensor([[1.0, -1.0]]), 0.5, 0, torch.qint8)
+        >>> for key, value in from_torch_ao({"fc.weight": theirs, "fc.bias": torch.zeros(1)}).items():
+        ...     print(key, value)
+        fc.weight tensor([[ 2, -2]], dtype=torch.int8)
+        fc.weight_scale tensor([0.5000])
+        fc.weight_zero_point tensor([0], dtype=torch.int32)
+        fc.bias tensor([0.])
+    """
+    plain = OrderedDict(state_dict)
+    if hasattr(state_dict, "_metadata"):
+        plain._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    restate(plain)
+    return plain
+
+
+def restate(state: MutableMapping[str, Any], prefix: str = "") -> bool:
+    """Put torch.ao's entries under ``prefix`` into the plain form, in place; whether there were any.
+
+    Raises:
+        CheckpointError: as :func:`from_torch_ao`; ``state`` is then in between.
+    """
+    found = False
+    for key in [key for key in state if isinstance(key, str) and key.startswith(prefix)]:
+        if key in state:
+            plain = _restated(key, state)
+            if plain is not None:
+                del state[key]
+                state.update(plain)
+                found = True
+    return found
+
+
+def _restated(key: str, state: MutableMapping[str, Any]) -> dict[str, Any] | None:
+    """What stands for one entry, or None when that is itself."""
+    value = state[key]
+    path, _, name = key.rpartition(".")
+    owner, _, inner = path.rpartition(".")
+    place = f"{owner}." if owner else ""
+    if inner == _PACKED:
+        if name == "dtype" and isinstance(value, torch.dtype):
+            return {}
+        if name == _PACKED and isinstance(value, tuple) and len(value) == 2:
+            return {**_tensors(f"{place}weight", value[0]), **_tensors(f"{place}bias", value[1])}
+        if name in ("weight", "bias", "_packed_weight"):
+            return _tensors(f"{place}{name.removeprefix('_packed_')}", value)
+    if not _is_quantized(value):
+        return None
+    bias = f"{path}.bias" if path else "bias"
+    plain = _tensors(key, value)
+    if name == "weight" and bias in state:
+        plain |= _tensors(bias, state.pop(bias))
+    return plain
+
+
+def _is_quantized(value: Any) -> bool:
+    return isinstance(value, Tensor) and getattr(value, "is_quantized", False)
+
+
+def _tensors(key: str, value: Any) -> dict[str, Any]:
+    """``value`` under ``key``; a quantized tensor with its parameters beside it; nothing for None."""
+    if value is None:
+        return {}
+    value = value.detach() if isinstance(value, Tensor) else value
+    if not _is_quantized(value):
+        return {key: value}
+    shared = sharing(value.qscheme())
+    if not shared.per_channel:
+        scale, zero_point = torch.tensor([value.q_scale()]), torch.tensor([value.q_zero_point()])
+    else:
+        if value.q_per_channel_axis() != 0:
+            raise CheckpointError(
+                f"{key} has a scale for each index of axis {value.q_per_channel_axis()}; only axis 0 is known",
+                remedy="quantize it per tensor, or along axis 0, before it is saved",
+            )
+        scale, zero_point = value.q_per_channel_scales(), value.q_per_channel_zero_points()
+    return {
+        key: value.int_repr().contiguous(),
+        f"{key}_scale": scale.float(),
+        f"{key}_zero_point": zero_point.to(torch.float32 if shared.float_zero_point else torch.int32),
+    }
+
+
+class UpgradingModule(nn.Module):
+    """Base of the modules whose entries may come in another form, or hold what they cannot use.
+
+    A check of the whole file (``eagerq.quantize.state``) asks both methods of every such module before
+    any of them loads; a module that is loaded without one asks itself.
+    """
+
+    _optional_state: ClassVar[tuple[str, ...]] = ()
+    _resizable: ClassVar[tuple[str, ...]] = ()
+
+    def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
+        """Bring the module's own entries under ``prefix`` to today's form, in place; a second time is no harm.
+
+        Args:
+            version: the format of the module's class, as the file tells it.
+        """
+
+    def _state_problems(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        """What the module cannot use of its entries under ``prefix``, in words, shapes and dtypes apart."""
+        yield from ()
+
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        self._upgrade_state(state_dict, prefix, local_metadata.get("version"))
+        for name in self._resizable:
+            value, buffer = state_dict.get(prefix + name), self._buffers.get(name)
+            if isinstance(value, Tensor) and buffer is not None and value.shape != buffer.shape:
+                self._buffers[name] = buffer.new_empty(value.shape)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def rename(state: MutableMapping[str, Any], prefix: str, names: Mapping[str, str]) -> None:
+    """Move entries to new names (given by the old), where those are free."""
+    for old, new in names.items():
+        if prefix + old in state and prefix + new not in state:
+            state[prefix + new] = state.pop(prefix + old)
+
+
+# --- what fits ----------------------------------------------------------------------------------------
+
+
+def misfit(key: str, value: Any, own: Tensor, resizable: bool = False) -> str | None:
+    """What is wrong with one entry, in words, or None.
+
+    Args:
+        own: the model's value, whose shape and dtype are wanted.
+        resizable: one element, or none, may become many and the reverse.
+    """
+    if not isinstance(value, Tensor):
+        return f"{key} is a {type(value).__name__}, not a tensor"
+    single = value.numel() == own.numel() == 1 and max(value.dim(), own.dim()) <= 1
+    if value.shape != own.shape and not single and not (resizable and min(value.numel(), own.numel()) <= 1):
+        return f"{key} has shape {tuple(value.shape)}, the model's {tuple(own.shape)}"
+    if own.dtype == value.dtype or (own.is_floating_point() and value.is_floating_point()):
+        return None
+    if own.is_floating_point() != value.is_floating_point():
+        return f"{key} is of {value.dtype}, the model's of {own.dtype}"
+    # integers of another width may hold the same values (torch.ao keeps zero points as int64)
+    if value.dtype is torch.int64 or own.numel() == 0:
+        kind = integer_type(own.dtype) if own.dtype not in (torch.int64, torch.bool) else None
+        if kind is None or bool(((value >= kind.minimum) & (value <= kind.maximum)).all()):
+            return None
+    return f"{key} is of {value.dtype}, the model's of {own.dtype}: another bit width"
+
+
+def _shown(value: Tensor) -> str:
+    values = value.flatten()[:3].tolist()
+    return ", ".join(map(str, values)) + (" …" if value.numel() > len(values) else "")
+
+
+def bad_scale(key: str, state: Mapping[str, Any]) -> Iterator[str]:
+    """Says so when the scales under ``key`` are not positive numbers."""
+    value = state.get(key)
+    if isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta:
+        proper = value.isfinite() & (value > 0)
+        if not bool(proper.all()):
+            yield f"{key} holds {_shown(value[~proper])}, but a scale is a positive number"
+
+
+def bad_range(key: str, state: Mapping[str, Any], kind: IntegerType) -> Iterator[str]:
+    """Says so when what is under ``key`` are not the least and the greatest of some integers of ``kind``."""
+    value = state.get(key)
+    if isinstance(value, Tensor) and not value.is_meta:
+        ends = value.tolist() if value.shape == (2,) and not value.is_floating_point() else None
+        if ends is None or not kind.minimum <= ends[0] <= ends[1] <= kind.maximum:
+            yield f"{key} holds {_shown(value)}, but two integers in order were expected, of those of {kind.dtype}"
+
+
+def bad_qparams(
+    path: str, state: Mapping[str, Any], counts: tuple[int, ...] | None, kind: IntegerType | None
+) -> Iterator[str]:
+    """Says so when ``…scale`` and ``…zero_point`` cannot be those of one quantized tensor.
+
+    Args:
+        path: what stands before these names.
+        counts: how many there may be; None for any number.
+        kind: the integers that zero points are of; None when they are floats.
+    """
+    yield from bad_scale(f"{path}scale", state)
+    scale, zero_point = state.get(f"{path}scale"), state.get(f"{path}zero_point")
+    for name, value in (("scale", scale), ("zero_point", zero_point)):
+        if isinstance(value, Tensor) and counts and value.numel() not in counts:
+            yield f"{path}{name} has {value.numel()} elements, not {' or '.join(map(str, sorted({*counts})))}"
+    if not isinstance(scale, Tensor) or not isinstance(zero_point, Tensor):
+        return
+    if scale.numel() != zero_point.numel():
+        yield f"{path}scale has {scale.numel()} elements, but {path}zero_point {zero_point.numel()}"
+    if not zero_point.is_meta:
+        low, high = (kind.minimum, kind.maximum) if kind else (-torch.inf, torch.inf)
+        proper = zero_point.isfinite() & (zero_point >= low) & (zero_point <= high)
+        if not bool(proper.all()):
+            wanted = f"one of {low} to {high}" if kind else "a number"
+            yield f"{path}zero_point holds {_shown(zero_point[~proper])}, but a zero point is {wanted}"
