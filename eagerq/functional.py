@@ -20,6 +20,7 @@ __all__ = [
     "channel_shape",
     "dynamic_qparams",
     "fake_quantize",
+    "fake_quantize_learnable",
     "float_qparams",
     "min_max",
     "moving_average",
@@ -330,3 +331,46 @@ def fake_quantize(
     if x.dim() == 0:
         out = out.reshape(())
     return out.to(x.dtype)
+
+
+def _with_gradient_of(value: Tensor, x: Tensor) -> Tensor:
+    """``value`` itself, with the gradient of ``x`` (adding zero is exact)."""
+    return value.detach() + (x - x.detach())
+
+
+def fake_quantize_learnable(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    pace: float = 1.0,
+) -> Tensor:
+    """:func:`fake_quantize` with gradients for ``scale`` and ``zero_point`` too.
+
+    Per value, inside the range ``d out/d scale = (out - x)/scale`` and ``d out/d zero_point = 0``;
+    outside ``quant_min - zero_point`` (or ``quant_max - zero_point``) and ``-scale`` (Esser et al. 2020,
+    arXiv:1902.08153, equation 3; Bhalgat et al. 2020, arXiv:2004.09576).
+
+    Args:
+        x: float tensor of any shape.
+        scale, zero_point: float32, ``[1]`` or ``[x.shape[axis]]``; the zero point counts rounded and
+            clamped to the range.
+        axis: channel axis, or None for one set of parameters.
+        pace: multiplies the gradients of ``scale`` and ``zero_point``.
+
+    Returns:
+        Tensor like ``x``.
+    """
+    if axis is not None:
+        shape = channel_shape(x.dim(), axis)
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    elif x.dim() == 0:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    if pace != 1.0:
+        scale, zero_point = _with_gradient_of(scale, scale * pace), _with_gradient_of(zero_point, zero_point * pace)
+    zero_point = _with_gradient_of(zero_point.round().clamp(quant_min, quant_max), zero_point)
+    steps = x * (1.0 / scale)
+    steps = _with_gradient_of(steps.round(), steps) + zero_point
+    return ((steps.clamp(quant_min, quant_max) - zero_point) * scale).to(x.dtype)

@@ -18,6 +18,7 @@ from eagerq.fake_quantize.defaults import (
     fused_per_channel_wt_fake_quant_range_neg_127_to_127,
     fused_wt_fake_quant_range_neg_127_to_127,
 )
+from eagerq.fake_quantize.learnable import LearnableFakeQuantize
 from eagerq.fake_quantize.modules import (
     FakeQuantize,
     FakeQuantizeBase,
@@ -35,6 +36,7 @@ __all__ = [
     "FakeQuantizeBase",
     "FixedQParamsFakeQuantize",
     "FusedMovingAvgObsFakeQuantize",
+    "LearnableFakeQuantize",
     # switches, for nn.Module.apply
     "disable_fake_quant",
     "disable_observer",

@@ -67,6 +67,10 @@ class FakeQuantizeBase(_WithArgs, ABC, UpgradingModule):
     @abstractmethod
     def calculate_qparams(self) -> tuple[Tensor, Tensor]: ...
 
+    def qparams_in_use(self) -> tuple[Tensor, Tensor]:
+        """The scale and zero point that ``forward`` rounds with; what ``convert(as_trained=True)`` keeps."""
+        return self.calculate_qparams()
+
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Round values in ``forward`` from now on."""
         self._set_switch("fake_quant_enabled", enabled)
@@ -198,6 +202,9 @@ class FakeQuantize(FakeQuantizeBase):
         """The observer's scale and zero point: what :func:`eagerq.convert` uses by default."""
         qparams: tuple[Tensor, Tensor] = self.activation_post_process.calculate_qparams()
         return qparams
+
+    def qparams_in_use(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point
 
     def _training_qparams(self) -> tuple[Tensor, Tensor]:
         observer = self.activation_post_process

@@ -58,6 +58,9 @@ class QATMixin(nn.Module):
             raise InvalidConfigError("qconfig must be provided for QAT module", module=self)
         self.qconfig = qconfig
         self.weight_fake_quant = qconfig.weight()
+        fit = getattr(self.weight_fake_quant, "fit", None)  # parameters to train must exist before the optimizer
+        if fit is not None:
+            fit(self.weight)
         if not self.weight.is_meta:
             self.weight_fake_quant.to(self.weight.device)
 

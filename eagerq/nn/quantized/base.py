@@ -71,8 +71,8 @@ class Output(NamedTuple):
 
 
 def _qparams(observer: Any, as_trained: bool) -> tuple[Tensor, Tensor]:
-    if as_trained and hasattr(observer, "scale"):
-        return observer.scale, observer.zero_point
+    if as_trained and isinstance(observer, FakeQuantizeBase):
+        return observer.qparams_in_use()
     qparams: tuple[Tensor, Tensor] = getattr(observer, "qparams", observer.calculate_qparams)()
     return qparams
 
