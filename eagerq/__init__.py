@@ -1,6 +1,8 @@
 """Eager-mode quantization-aware training for PyTorch: fuse, prepare, fine-tune, convert to int8."""
 
-from eagerq import qtensor_ops as qtensor_ops  # registers what torch's functions do with QTensors
+# these two register what torch's functions do with QTensors
+from eagerq import qtensor_activations as qtensor_activations
+from eagerq import qtensor_ops as qtensor_ops
 from eagerq.errors import (
     CheckpointError,
     EagerqError,
@@ -8,6 +10,7 @@ from eagerq.errors import (
     InvalidConfigError,
     InvalidInputError,
     MissingExtraError,
+    NotQuantizedError,
     UnsupportedError,
 )
 from eagerq.fake_quantize import (
@@ -163,6 +166,7 @@ __all__ = [
     "InvalidConfigError",
     "InvalidInputError",
     "MissingExtraError",
+    "NotQuantizedError",
     "UnsupportedError",
     # fake quantizers
     "FakeQuantize",

@@ -20,6 +20,7 @@ __all__ = [
     "InvalidConfigError",
     "InvalidInputError",
     "MissingExtraError",
+    "NotQuantizedError",
     "UnsupportedError",
     "calling_module",
     "describe",
@@ -68,6 +69,10 @@ class InvalidConfigError(EagerqError, AssertionError):
 
 class InvalidInputError(EagerqError, RuntimeError):
     """A tensor of the wrong kind reached a module or an operation."""
+
+
+class NotQuantizedError(InvalidInputError, ValueError):
+    """A float tensor reached a function of quantized ones; a ValueError in torch.ao."""
 
 
 class UnsupportedError(EagerqError, NotImplementedError):

@@ -9,6 +9,10 @@ from torch import nn
 
 from eagerq import intrinsic
 from eagerq.errors import InvalidConfigError
+from eagerq.fake_quantize import (
+    default_fixed_qparams_range_0to1_fake_quant,
+    default_fixed_qparams_range_neg1to1_fake_quant,
+)
 from eagerq.intrinsic import qat as intrinsic_qat
 from eagerq.intrinsic import quantized as intrinsic_quantized
 from eagerq.nn import qat, quantized
@@ -16,6 +20,7 @@ from eagerq.stubs import DeQuantStub, QuantStub
 
 __all__ = [
     "DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS",
+    "DEFAULT_MODULE_TO_ACT_POST_PROCESS",
     "DEFAULT_QAT_MODULE_MAPPINGS",
     "DEFAULT_STATIC_QUANT_MODULE_MAPPINGS",
     "ROWS",
@@ -87,6 +92,12 @@ ROWS: tuple[Row, ...] = (
     Row((nn.Linear, nn.BatchNorm1d), intrinsic.LinearBn1d, intrinsic_qat.LinearBn1d, _Linear),
     Row((nn.Embedding,), qat=qat.Embedding, quantized=quantized.Embedding, trained_by_default=False),
     Row((nn.EmbeddingBag,), qat=qat.EmbeddingBag, quantized=quantized.EmbeddingBag, trained_by_default=False),
+    Row((nn.Dropout,), quantized=quantized.Dropout),
+    Row((nn.ELU,), quantized=quantized.ELU),
+    Row((nn.Hardswish,), quantized=quantized.Hardswish),
+    Row((nn.LeakyReLU,), quantized=quantized.LeakyReLU),
+    Row((nn.PReLU,), quantized=quantized.PReLU),
+    Row((nn.ReLU6,), quantized=quantized.ReLU6),
 )
 
 
@@ -108,12 +119,20 @@ DEFAULT_QAT_MODULE_MAPPINGS = _qat_map(tuple(row for row in ROWS if row.trained_
 DEFAULT_STATIC_QUANT_MODULE_MAPPINGS = _static_map(ROWS)
 DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS = _dynamic_map(ROWS)
 
+# Functions whose results have one range, whatever the data: quantized tensors get it from the float modules
+# themselves (eagerq.qtensor_activations), so while training a fake quantizer with that range stands in.
+DEFAULT_MODULE_TO_ACT_POST_PROCESS: ModuleMap = {
+    nn.Hardsigmoid: default_fixed_qparams_range_0to1_fake_quant,
+    nn.Sigmoid: default_fixed_qparams_range_0to1_fake_quant,
+    nn.Softmax: default_fixed_qparams_range_0to1_fake_quant,
+    nn.Tanh: default_fixed_qparams_range_neg1to1_fake_quant,
+}
+
 # Layers whose outputs are observed although they have no int8 form here: checkpoints have the observers.
 _OBSERVED_ONLY: tuple[type[nn.Module], ...] = (
     *(nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.ELU, nn.Hardswish, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Dropout),
     *(nn.GRUCell, nn.LSTMCell, nn.RNNCell, nn.LSTM, nn.GRU),
     *(intrinsic.BNReLU2d, intrinsic.BNReLU3d),
 )

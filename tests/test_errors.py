@@ -16,6 +16,7 @@ FAMILY = {
     errors.InvalidArgumentError: ValueError,
     errors.InvalidConfigError: AssertionError,
     errors.InvalidInputError: RuntimeError,
+    errors.NotQuantizedError: ValueError,
     errors.UnsupportedError: NotImplementedError,
     errors.CheckpointError: RuntimeError,
     errors.MissingExtraError: ImportError,

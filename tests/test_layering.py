@@ -24,7 +24,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     4: ("intrinsic",),
     3: ("nn.qat", "nn.quantized", "stubs"),
     2: ("observer", "fake_quantize", "qconfig", "qconfig_mapping", "inspection"),
-    1: ("checkpoint", "functional", "ranges", "qtensor", "qtensor_ops", "kernels"),
+    1: ("checkpoint", "functional", "ranges", "qtensor", "qtensor_activations", "qtensor_ops", "kernels"),
     0: ("errors", "scheme"),
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}

@@ -58,6 +58,17 @@ FUNCTIONS: dict[str, Callable[[QTensor], Any]] = {
     "avg_pool2d": lambda q: F.avg_pool2d(q, 2),
     "adaptive_avg_pool2d": lambda q: F.adaptive_avg_pool2d(q, 1),
     "interpolate": lambda q: F.interpolate(q, scale_factor=2),
+    # activations
+    "sigmoid": torch.sigmoid,
+    "tanh": lambda q: q.tanh(),
+    "hardsigmoid": F.hardsigmoid,
+    "hardsigmoid in place": lambda q: F.hardsigmoid(q.clone(), inplace=True),
+    "leaky_relu": lambda q: F.leaky_relu(q, 0.2),
+    "leaky_relu in place": lambda q: F.leaky_relu(q.clone(), 0.2, True),
+    "threshold": lambda q: F.threshold(q, 0.1, 0.0),
+    "gelu": F.gelu,
+    "softmax": lambda q: F.softmax(q, 1),
+    "Softmax": torch.nn.Softmax(1),
     # questions and copies
     "compare": lambda q: q > 0,
     "dequantize": lambda q: q.dequantize(),
@@ -169,7 +180,7 @@ def test_compiled_in_inference_mode() -> None:
 
 
 def test_refused_operations_say_so_through_the_compiler() -> None:
-    for function in (lambda q: q + q, lambda q: torch.sigmoid(q)):
+    for function in (lambda q: q + q, lambda q: torch.exp(q)):
         with pytest.raises(Exception, match="got a quantized tensor"):
             compiled(function)(quantized(images()))
 

@@ -3,6 +3,7 @@
 from eagerq.kernels.doors import cat, conv, linear, matmul, quantize
 from eagerq.kernels.dynamic import linear_dynamic, linear_dynamic_float16
 from eagerq.kernels.embedding import embedding, embedding_bag
+from eagerq.kernels.pointwise import pointwise, prelu
 from eagerq.kernels.reference import (
     add,
     dequantize,
@@ -24,6 +25,8 @@ __all__ = [
     "linear_dynamic_float16",
     "matmul",
     "mul",
+    "pointwise",
+    "prelu",
     "quantize",
     "quantize_per_channel",
 ]

@@ -24,6 +24,9 @@ __all__ = [
     "mul",
     "quantize",
     "quantize_per_channel",
+    "reciprocal",
+    "requantized",
+    "scaled",
     "single",
 ]
 
@@ -37,7 +40,8 @@ def single(value: float) -> float:
     return shifted - (shifted - value)
 
 
-def _inverse(scale: float) -> float:
+def reciprocal(scale: float) -> float:
+    """``1/scale``, every number a float32."""
     return single(1.0 / single(scale))
 
 
@@ -63,7 +67,7 @@ def _stored(steps: Tensor, dtype: torch.dtype, low: int, high: int) -> Tensor:
 def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:
     """``clamp(round(x·(1/scale) + zero_point), low, high)``, the sum rounded once (fused multiply-add)."""
     shift = _scalar(float(zero_point))
-    steps = torch.add(shift, x.to(torch.float32), alpha=_inverse(scale))
+    steps = torch.add(shift, x.to(torch.float32), alpha=reciprocal(scale))
     return _stored(steps.round_(), dtype, low, high)
 
 
@@ -106,7 +110,7 @@ def _requantize(
         y.add_(bias.reshape(shape))
     if dtype.is_floating_point:  # real numbers are asked for
         return y.to(dtype)
-    return _stored(y.mul_(_inverse(scale)).add_(zero_point).round_(), dtype, low, high)
+    return _stored(y.mul_(reciprocal(scale)).add_(zero_point).round_(), dtype, low, high)
 
 
 def _centred(weight: Tensor, zero_point: Tensor) -> Tensor:
@@ -167,12 +171,15 @@ def conv(
     return channels_last(_requantize(total, 1, x_scale, weight_scale, bias, scale, zero_point, dtype, low, high))
 
 
-def _steps(y: Tensor, factor: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:
-    # the zero point is added after rounding here, as operators on two activations have always done
+def requantized(y: Tensor, factor: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:
+    """Real numbers times ``factor`` as integers; the zero point is added after rounding, unlike in :func:`quantize`.
+
+    Activations and operators on two of them have always done so.  Consumes ``y``.
+    """
     return _stored(y.mul_(factor).round_().add_(zero_point), dtype, low, high)
 
 
-def _scaled(q: Tensor, scale: float, zero_point: int) -> Tensor:
+def scaled(q: Tensor, scale: float, zero_point: int) -> Tensor:
     """``q·scale - zero_point·scale``, the difference rounded once (fused multiply-add), as sums have always had it."""
     shift = -single(single(scale) * zero_point)
     if torch.compiler.is_compiling():  # would multiply and add apart; float64 holds the exact difference
@@ -194,8 +201,8 @@ def add(
     high: int,
 ) -> Tensor:
     """``a + b`` of two quantized tensors (broadcasting), requantized."""
-    total = _scaled(a, a_scale, a_zero_point) + _scaled(b, b_scale, b_zero_point)
-    return _steps(total, _inverse(scale), zero_point, dtype, low, high)
+    total = scaled(a, a_scale, a_zero_point) + scaled(b, b_scale, b_zero_point)
+    return requantized(total, reciprocal(scale), zero_point, dtype, low, high)
 
 
 def mul(
@@ -213,5 +220,5 @@ def mul(
 ) -> Tensor:
     """``a * b`` of two quantized tensors (broadcasting), requantized."""
     product = a.to(torch.float32).sub_(a_zero_point) * b.to(torch.float32).sub_(b_zero_point)
-    factor = single(single(single(a_scale) * single(b_scale)) * _inverse(scale))
-    return _steps(product, factor, zero_point, dtype, low, high)
+    factor = single(single(single(a_scale) * single(b_scale)) * reciprocal(scale))
+    return requantized(product, factor, zero_point, dtype, low, high)

@@ -14,7 +14,7 @@ from eagerq.errors import InvalidConfigError, UnsupportedError, stamp_names
 from eagerq.nn.quantized import FloatFunctional, QuantizedModule
 from eagerq.quantization_mappings import ModuleMap, get_default_static_quant_module_mappings
 from eagerq.quantize.preparing import prepare, prepare_qat
-from eagerq.quantize.state import install_state_check
+from eagerq.quantize.state import has_state_check, install_state_check
 from eagerq.quantize.swapping import OBSERVER, ObserverHook, Observing, swap_children, swap_module
 from eagerq.quantize.tree import unchanged_on_error
 
@@ -196,6 +196,8 @@ def _check_prepared(model: nn.Module) -> None:
             module=model,
             remedy="convert the prepared model once",
         )
+    if has_state_check(model):  # prepared, but of layers that need no observer
+        return
     raise InvalidConfigError(
         "convert got a model that is not prepared: it has no observers",
         module=model,

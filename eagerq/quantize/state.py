@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eagerq.checkpoint import UpgradingModule, misfit, restate
 from eagerq.errors import CheckpointError, nearest
 
-__all__ = ["StateCheck", "install_state_check"]
+__all__ = ["StateCheck", "has_state_check", "install_state_check"]
 
 _SHOWN = 5
 
@@ -100,9 +100,13 @@ class StateCheck:
             )
 
 
+def has_state_check(root: nn.Module) -> bool:
+    """Whether ``root`` has been prepared or converted."""
+    hooks = (getattr(hook, "hook", hook) for hook in root._load_state_dict_pre_hooks.values())
+    return any(isinstance(hook, StateCheck) for hook in hooks)
+
+
 def install_state_check(root: nn.Module) -> None:
     """Let ``root.load_state_dict`` refuse what does not fit, once."""
-    for hook in root._load_state_dict_pre_hooks.values():
-        if isinstance(getattr(hook, "hook", hook), StateCheck):
-            return
-    root.register_load_state_dict_pre_hook(StateCheck())
+    if not has_state_check(root):
+        root.register_load_state_dict_pre_hook(StateCheck())

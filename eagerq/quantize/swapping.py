@@ -16,7 +16,11 @@ from eagerq.intrinsic import _FusedModule
 from eagerq.nn.qat.base import QATMixin
 from eagerq.nn.quantized import FloatFunctional, QFunctional, QuantizedModule
 from eagerq.observer import ObserverBase
-from eagerq.quantization_mappings import ModuleMap, get_default_qconfig_propagation_list
+from eagerq.quantization_mappings import (
+    DEFAULT_MODULE_TO_ACT_POST_PROCESS,
+    ModuleMap,
+    get_default_qconfig_propagation_list,
+)
 from eagerq.quantize.tree import copy_hooks, device_of, is_leaf
 from eagerq.stubs import DeQuantStub
 
@@ -107,11 +111,16 @@ def swap_children(root: nn.Module, swap: Callable[[nn.Module], nn.Module], whole
         parent._modules[name] = new
 
 
+def _fixed_range(module: nn.Module) -> Callable[..., Any] | None:
+    """The fake quantizer of an output whose range is known beforehand; for training only."""
+    return DEFAULT_MODULE_TO_ACT_POST_PROCESS.get(type_before_parametrizations(module)) if module.training else None
+
+
 def _attach_observer(module: nn.Module, device: torch.device | None) -> None:
     config = getattr(module, "qconfig", None)
     if config is None or isinstance(module, DeQuantStub):
         return
-    observer = config.activation()
+    observer = (_fixed_range(module) or config.activation)()
     where = device_of(module) or device
     module.add_module(OBSERVER, observer.to(where) if where is not None else observer)
     if not isinstance(module, FloatFunctional):
@@ -135,7 +144,7 @@ def attach_observers(
                 child = custom_module_class_mapping[kind].from_float(child)
                 module._modules[name] = child
                 _attach_observer(child, device)
-            elif isinstance(child, (FloatFunctional, _FusedModule)) or kind in whole_kinds:
+            elif isinstance(child, (FloatFunctional, _FusedModule)) or kind in whole_kinds or _fixed_range(child):
                 _attach_observer(child, device)
             elif not isinstance(child, (*Observing, QFunctional)):
                 visit(child)

@@ -1,7 +1,9 @@
 """int8 modules."""
 
+from eagerq.nn.quantized.activation import ELU, Hardswish, LeakyReLU, PReLU, ReLU6, Sigmoid, Softmax
 from eagerq.nn.quantized.base import WeightedQuantizedModule
 from eagerq.nn.quantized.conv import Conv1d, Conv2d, Conv3d
+from eagerq.nn.quantized.dropout import Dropout
 from eagerq.nn.quantized.embedding import Embedding, EmbeddingBag
 from eagerq.nn.quantized.functional_modules import FloatFunctional, FXFloatFunctional, QFunctional
 from eagerq.nn.quantized.linear import Linear
@@ -19,6 +21,15 @@ __all__ = [
     "Embedding",
     "EmbeddingBag",
     "Linear",
+    # activations
+    "Dropout",
+    "ELU",
+    "Hardswish",
+    "LeakyReLU",
+    "PReLU",
+    "ReLU6",
+    "Sigmoid",
+    "Softmax",
     # the ends
     "DeQuantize",
     "Quantize",

@@ -83,7 +83,9 @@ def _has_seen_data(observer: Any) -> bool:
 
 
 @torch.no_grad()
-def quantize_weight(module: nn.Module, weight: Tensor, observer: Any, as_trained: bool, refresh: bool) -> QTensor:
+def quantize_weight(
+    module: nn.Module, weight: Tensor, observer: Any, as_trained: bool, refresh: bool, signed: bool = True
+) -> QTensor:
     """A float weight in the integers that its observer or fake quantizer stands for.
 
     Args:
@@ -91,15 +93,16 @@ def quantize_weight(module: nn.Module, weight: Tensor, observer: Any, as_trained
         observer: ``weight_fake_quant`` or a new weight observer; left as it is.
         as_trained: keep the scale used while training, rather than compute the observer's own.
         refresh: show the weight to the observer first.
+        signed: whether the integers must be signed (those with float zero points need not).
 
     Raises:
-        InvalidConfigError: for a weight observer whose dtype is not signed.
+        InvalidConfigError: for a weight observer whose dtype is not signed, if it must be.
     """
     observer = copy.deepcopy(observer)
     if not (as_trained and isinstance(observer, FakeQuantizeBase) and _has_seen_data(observer)) and refresh:
         observer(weight)
     kind, shared = integer_type(observer.dtype), sharing(observer.qscheme)
-    if not kind.signed and not shared.float_zero_point:
+    if signed and not kind.signed and not shared.float_zero_point:
         raise InvalidConfigError(
             f"Weight observer must have dtype torch.int8, got {observer.dtype}",
             module=module,
