@@ -128,8 +128,6 @@ def _default_method(sequence: tuple[type[nn.Module], ...], fused: type[nn.Module
 
 _METHODS: dict[tuple[Any, ...], FuserMethod] = {
     **{sequence: _default_method(sequence, fused) for sequence, fused in _FUSED.items()},
-    (nn.BatchNorm2d, nn.ReLU): _as_they_are(intrinsic.BNReLU2d),
-    (nn.BatchNorm3d, nn.ReLU): _as_they_are(intrinsic.BNReLU3d),
     (nn.ConvTranspose1d, nn.BatchNorm1d): fuse_convtranspose_bn,
     (nn.ConvTranspose2d, nn.BatchNorm2d): fuse_convtranspose_bn,
     (nn.ConvTranspose3d, nn.BatchNorm3d): fuse_convtranspose_bn,

@@ -90,6 +90,15 @@ ROWS: tuple[Row, ...] = (
     Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), qat=qat.Linear, quantized=_Linear),
     Row((nn.Linear, nn.ReLU), intrinsic.LinearReLU, intrinsic_qat.LinearReLU, intrinsic_quantized.LinearReLU),
     Row((nn.Linear, nn.BatchNorm1d), intrinsic.LinearBn1d, intrinsic_qat.LinearBn1d, _Linear),
+    Row((nn.BatchNorm2d,), quantized=quantized.BatchNorm2d),
+    Row((nn.BatchNorm3d,), quantized=quantized.BatchNorm3d),
+    Row((nn.GroupNorm,), quantized=quantized.GroupNorm),
+    Row((nn.InstanceNorm1d,), quantized=quantized.InstanceNorm1d),
+    Row((nn.InstanceNorm2d,), quantized=quantized.InstanceNorm2d),
+    Row((nn.InstanceNorm3d,), quantized=quantized.InstanceNorm3d),
+    Row((nn.LayerNorm,), quantized=quantized.LayerNorm),
+    Row((nn.BatchNorm2d, nn.ReLU), intrinsic.BNReLU2d, None, intrinsic_quantized.BNReLU2d),
+    Row((nn.BatchNorm3d, nn.ReLU), intrinsic.BNReLU3d, None, intrinsic_quantized.BNReLU3d),
     Row((nn.Embedding,), qat=qat.Embedding, quantized=quantized.Embedding, trained_by_default=False),
     Row((nn.EmbeddingBag,), qat=qat.EmbeddingBag, quantized=quantized.EmbeddingBag, trained_by_default=False),
     Row((nn.Dropout,), quantized=quantized.Dropout),
@@ -130,11 +139,8 @@ DEFAULT_MODULE_TO_ACT_POST_PROCESS: ModuleMap = {
 
 # Layers whose outputs are observed although they have no int8 form here: checkpoints have the observers.
 _OBSERVED_ONLY: tuple[type[nn.Module], ...] = (
-    *(nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.GRUCell, nn.LSTMCell, nn.RNNCell, nn.LSTM, nn.GRU),
-    *(intrinsic.BNReLU2d, intrinsic.BNReLU3d),
 )
 
 

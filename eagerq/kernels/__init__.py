@@ -3,6 +3,7 @@
 from eagerq.kernels.doors import cat, conv, linear, matmul, quantize
 from eagerq.kernels.dynamic import linear_dynamic, linear_dynamic_float16
 from eagerq.kernels.embedding import embedding, embedding_bag
+from eagerq.kernels.normalization import batch_norm, group_norm, layer_norm
 from eagerq.kernels.pointwise import pointwise, prelu
 from eagerq.kernels.reference import (
     add,
@@ -14,12 +15,15 @@ from eagerq.kernels.reference import (
 
 __all__ = [
     "add",
+    "batch_norm",
     "cat",
     "conv",
     "dequantize",
     "dequantize_per_channel",
     "embedding",
     "embedding_bag",
+    "group_norm",
+    "layer_norm",
     "linear",
     "linear_dynamic",
     "linear_dynamic_float16",

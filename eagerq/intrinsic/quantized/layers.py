@@ -5,7 +5,21 @@ from __future__ import annotations
 from eagerq.intrinsic import fused
 from eagerq.nn import quantized as nnq
 
-__all__ = ["ConvReLU1d", "ConvReLU2d", "ConvReLU3d", "LinearReLU"]
+__all__ = ["BNReLU2d", "BNReLU3d", "ConvReLU1d", "ConvReLU2d", "ConvReLU3d", "LinearReLU"]
+
+
+class BNReLU2d(nnq.BatchNorm2d):
+    """BatchNorm2d and ReLU in int8; arguments and errors as for :class:`eagerq.nn.quantized.BatchNorm2d`."""
+
+    post_op = "relu"
+    _FLOAT_MODULE = fused.BNReLU2d
+
+
+class BNReLU3d(nnq.BatchNorm3d):
+    """BatchNorm3d and ReLU in int8; arguments and errors as for :class:`eagerq.nn.quantized.BatchNorm3d`."""
+
+    post_op = "relu"
+    _FLOAT_MODULE = fused.BNReLU3d
 
 
 class ConvReLU1d(nnq.Conv1d):

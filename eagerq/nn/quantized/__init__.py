@@ -2,11 +2,19 @@
 
 from eagerq.nn.quantized.activation import ELU, Hardswish, LeakyReLU, PReLU, ReLU6, Sigmoid, Softmax
 from eagerq.nn.quantized.base import WeightedQuantizedModule
+from eagerq.nn.quantized.batchnorm import (
+    BatchNorm2d,
+    BatchNorm3d,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+)
 from eagerq.nn.quantized.conv import Conv1d, Conv2d, Conv3d
 from eagerq.nn.quantized.dropout import Dropout
 from eagerq.nn.quantized.embedding import Embedding, EmbeddingBag
 from eagerq.nn.quantized.functional_modules import FloatFunctional, FXFloatFunctional, QFunctional
 from eagerq.nn.quantized.linear import Linear
+from eagerq.nn.quantized.normalization import GroupNorm, LayerNorm
 from eagerq.nn.quantized.quantize import DeQuantize, Quantize
 from eagerq.nn.quantized.state import QuantizedModule
 
@@ -30,6 +38,14 @@ __all__ = [
     "ReLU6",
     "Sigmoid",
     "Softmax",
+    # normalization
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
     # the ends
     "DeQuantize",
     "Quantize",

@@ -134,11 +134,11 @@ def _centred(steps: Tensor, zero_point: Tensor, axis: int | None, kind: IntegerT
     return torch.where(fits.reshape(shape), centred, steps), torch.where(fits, 0, zero_point)
 
 
-def expect_quantized(module: nn.Module, x: Any) -> QTensor:
+def expect_quantized(module: nn.Module | None, x: Any) -> QTensor:
     """``x``, if it is a QTensor with one scale.
 
     Raises:
-        InvalidInputError: naming the module, for anything else.
+        InvalidInputError: naming the module (if there is one), for anything else.
     """
     if isinstance(x, QTensor):
         if x.axis is None:
@@ -164,6 +164,8 @@ class RequantizingModule(QuantizedModule):
     """
 
     _optional_state: ClassVar[tuple[str, ...]] = ("quant_range",)
+    _FLOAT_MODULE: ClassVar[Any]
+    post_op: ClassVar[str | None] = None
 
     def __init__(self, output: Output | None = None) -> None:
         super().__init__()
@@ -213,6 +215,24 @@ class RequantizingModule(QuantizedModule):
             high=high,
         )
 
+    @property
+    def _low(self) -> int:
+        """The least integer of the output: a fused ReLU cuts at the zero point."""
+        output = self.output
+        return max(output.low, output.zero_point) if self.post_op == "relu" else output.low
+
+    @classmethod
+    def _check_float(cls, mod: nn.Module) -> None:
+        accepted = cls._FLOAT_MODULE if isinstance(cls._FLOAT_MODULE, tuple) else (cls._FLOAT_MODULE,)
+        if not isinstance(mod, accepted):
+            names = ", ".join(one.__name__ for one in accepted)
+            raise InvalidConfigError(
+                f"nnq.{cls.__name__}.from_float only works for {names}, but got {type(mod).__name__}",
+                module=mod,
+            )
+        if getattr(mod, "qconfig", None) is None:
+            raise InvalidConfigError("Input float module must have qconfig defined", module=mod)
+
     def extra_repr(self) -> str:
         return f"scale={self.scale}, zero_point={self.zero_point}"
 
@@ -241,9 +261,6 @@ class WeightedQuantizedModule(IntegerWeight, RequantizingModule):
     (float32 ``[1]`` or ``[out]``), ``weight_zero_point`` (same shape) and ``bias`` (float32, if any).
     """
 
-    post_op: ClassVar[str | None] = None
-    _FLOAT_MODULE: ClassVar[Any]
-
     def _allocate(self, shape: tuple[int, ...], bias: bool, device: Any = None) -> None:
         self._store(
             torch.zeros(shape, dtype=torch.int8, device=device),
@@ -266,12 +283,6 @@ class WeightedQuantizedModule(IntegerWeight, RequantizingModule):
         self._weight_scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1).to(w.integers.device)
         self._weight_zero_point = torch.as_tensor(zero_point).to(w.integers.device, torch.int32).reshape(-1)
         self._bias = None if b is None else b.detach().float()
-
-    @property
-    def _low(self) -> int:
-        """The least integer of the output: a fused ReLU cuts at the zero point."""
-        output = self.output
-        return max(output.low, output.zero_point) if self.post_op == "relu" else output.low
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:
@@ -307,15 +318,3 @@ class WeightedQuantizedModule(IntegerWeight, RequantizingModule):
         new.set_weight_bias(qweight, bias)
         new.output = output
         return new
-
-    @classmethod
-    def _check_float(cls, mod: nn.Module) -> None:
-        accepted = cls._FLOAT_MODULE if isinstance(cls._FLOAT_MODULE, tuple) else (cls._FLOAT_MODULE,)
-        if not isinstance(mod, accepted):
-            names = ", ".join(one.__name__ for one in accepted)
-            raise InvalidConfigError(
-                f"nnq.{cls.__name__}.from_float only works for {names}, but got {type(mod).__name__}",
-                module=mod,
-            )
-        if getattr(mod, "qconfig", None) is None:
-            raise InvalidConfigError("Input float module must have qconfig defined", module=mod)

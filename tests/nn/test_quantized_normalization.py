@@ -1,0 +1,491 @@
+"""int8 normalization layers: torch.ao's integers, right where those are wrong, and everything around them."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Oracle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels.calls import Call
+from kernels.normalizations import calls, cancelled, in_float64
+from nn.norms import (
+    BATCH_NORMS,
+    FUSED,
+    INSTANCE_NORMS,
+    NAMES,
+    Network,
+    build,
+    float_layer,
+    images,
+    int8_class,
+    real_input,
+    some_input,
+)
+from torch import Tensor, nn
+
+import eagerq
+from eagerq import QTensor
+from eagerq.errors import CheckpointError, InvalidArgumentError, InvalidConfigError, InvalidInputError
+from eagerq.nn import quantized
+from eagerq.nn.quantized.normalization import group_norm, instance_norm, layer_norm
+
+names = pytest.mark.parametrize("name", NAMES)
+# torch itself, of a layer that the mapping of torch.ao makes with as many channels as it is given
+pytestmark = pytest.mark.filterwarnings("ignore:input's size at dim=:UserWarning")
+
+
+def twin_tensor(q: QTensor) -> Tensor:
+    return torch._make_per_tensor_quantized_tensor(q.integers.contiguous(), q.scale, q.zero_point)
+
+
+def prepared(layer: Any, name: str, qconfig: Any = None) -> Any:
+    """A float layer that has seen data."""
+    model = nn.Sequential(layer).eval()
+    model.qconfig = qconfig or eagerq.get_default_qconfig("onednn")
+    model = eagerq.prepare(model)
+    model(some_input(name).dequantize())
+    return model
+
+
+def converted(name: str, **options: Any) -> Any:
+    return eagerq.convert(prepared(float_layer(name, **options), name))[0]
+
+
+# --- numbers ----------------------------------------------------------------------------------------
+
+
+def calls_for(name: str, integer_type: Any) -> st.SearchStrategy[Call]:
+    kernel = {"LayerNorm": "layer_norm", "GroupNorm": "group_norm"}.get(name)
+    if kernel is None:
+        kernel = "batch_norm" if name in BATCH_NORMS else "group_norm"
+    drawn = calls(kernel, st.just(integer_type), whole=True)
+    if name == "LayerNorm":
+        return drawn
+    if name == "GroupNorm":
+        return drawn.filter(lambda call: call["x"].dim() > 2)  # torch.ao refuses less
+
+    def shaped(call: Call) -> Call:
+        x = call["x"]
+        x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+        x = x.reshape(*x.shape, *[1] * (int(name[-2]) - 1))
+        groups = {} if name in BATCH_NORMS else {"num_groups": x.shape[1]}
+        return {**call, "x": x.transpose(2, -1).contiguous(), **groups}
+
+    shaped_calls = drawn.map(shaped)
+    if name in BATCH_NORMS:  # torch.ao wants them
+        return shaped_calls.filter(lambda call: call["weight"] is not None and call["bias"] is not None)
+    return shaped_calls
+
+
+def assert_twins(ao: Oracle, name: str, call: Call) -> None:
+    x = QTensor(call["x"], call["x_scale"], call["x_zero_point"])
+    mine = build(int8_class(name), name, call)
+    mine.output = mine.output._replace(dtype=call["dtype"], low=call["low"], high=call["high"])
+    theirs = build(int8_class(name, ao.quantized, ao.intrinsic_quantized), name, call)
+    y = mine(x)
+    # with two axes of space torch.ao may take the tensor for one with channels last, see below
+    asked = x.flatten(2) if name in ("GroupNorm", "InstanceNorm2d") else x
+    wanted = theirs(twin_tensor(asked))
+    assert (y.q_scale(), y.q_zero_point(), y.shape) == (call["scale"], call["zero_point"], x.shape)
+    assert wanted.q_zero_point() == call["zero_point"]
+    same = y.int_repr() == wanted.int_repr().reshape(x.shape)
+    if name in BATCH_NORMS:
+        assert bool(same.all())
+        return
+    lost = cancelled(call)
+    assert bool(same[~lost].all())
+    exact = in_float64(call).clamp(call["low"], call["high"])
+    assert bool(((y.int_repr().double() - exact).abs()[lost] <= 0.6).all())
+
+
+@names
+def test_integers_are_torchs(ao: Oracle, name: str) -> None:
+    @settings(max_examples=30)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        integer_type = data.draw(st.sampled_from([torch.uint8, torch.int8]))
+        assert_twins(ao, name, data.draw(calls_for(name, integer_type)))
+
+    check()
+
+
+def assert_close(y: QTensor, real: Tensor) -> None:
+    """The nearest integers to real numbers, but for ties."""
+    low, high = ((end - y.q_zero_point()) * y.q_scale() for end in (0, 255))
+    assert float((y.dequantize() - real.detach().clamp(low, high)).abs().max()) <= 0.51 * y.q_scale()
+
+
+@pytest.mark.parametrize("name", ["GroupNorm", "InstanceNorm2d"])
+def test_channels_last(ao: Oracle, name: str) -> None:
+    """torch.ao then multiplies and adds in another order: ties may differ, and nothing else."""
+
+    @settings(max_examples=60)
+    @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(2, 9), st.integers(0, 2**31))
+    def check(batch: int, groups: int, each: int, side: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        channels = groups * each
+        integers = torch.randint(0, 256, (batch, channels, side, side), dtype=torch.uint8, generator=generator)
+        call: Call = {"x": integers, "x_scale": 0.25, "x_zero_point": 100}
+        call["num_groups"] = groups if name == "GroupNorm" else channels
+        call["weight"], call["bias"] = (torch.randn(channels, generator=generator) for _ in range(2))
+        call |= {"eps": 1e-5, "scale": 2.0**-5, "zero_point": 90}
+        x = QTensor(integers.contiguous(memory_format=torch.channels_last), 0.25, 100)
+        y = build(int8_class(name), name, call)(x)
+        theirs = build(int8_class(name, ao.quantized), name, call)
+        wanted = theirs(torch._make_per_tensor_quantized_tensor(x.integers, 0.25, 100))
+        apart = y.int_repr().int() - wanted.int_repr().int()
+        if bool(apart.any()):
+            exact = in_float64(call)
+            assert int(apart.abs().max()) == 1
+            assert bool(((exact - exact.floor() - 0.5).abs()[apart != 0] < 1e-3).all())
+        assert torch.equal(y.int_repr(), build(int8_class(name), name, call)(QTensor(integers, 0.25, 100)).int_repr())
+
+    check()
+
+
+@names
+@pytest.mark.parametrize("affine", [True, False])
+def test_within_a_step_of_the_float_layer(name: str, affine: bool) -> None:
+    layer, x = float_layer(name, affine), some_input(name)
+    int8 = eagerq.convert(prepared(layer, name))[0]
+    y = int8(x)
+    assert_close(y, layer(x.dequantize()))
+    assert y.q_scale() < 0.1  # so that this says something
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "InstanceNorm1d"])
+def test_functions(ao: Oracle, name: str) -> None:
+    x, theirs = some_input(name), torch.ops.quantized
+    weight, bias = torch.randn(6), torch.randn(6)
+    last = (weight, bias, 1e-5, 0.02, 120)
+    if name == "LayerNorm":
+        last = (torch.randn(6, 5), None, 1e-5, 0.02, 120)
+        y, wanted = layer_norm(x, [6, 5], *last), theirs.layer_norm(twin_tensor(x), [6, 5], *last)
+    elif name == "GroupNorm":
+        y, wanted = group_norm(x, 3, *last), theirs.group_norm(twin_tensor(x), 3, *last)
+    else:
+        y, wanted = instance_norm(x, *last), theirs.instance_norm(twin_tensor(x), *last)
+    assert torch.equal(y.int_repr(), wanted.int_repr())
+    assert (y.q_scale(), y.q_zero_point()) == (0.02, 120)
+
+
+def test_functions_refuse_real_numbers() -> None:
+    for function in (
+        lambda x: layer_norm(x, [5], None, None, 1e-5, 1.0, 0),
+        lambda x: instance_norm(x, None, None, 1e-5, 1.0, 0),
+    ):
+        with pytest.raises(InvalidInputError, match="QuantStub"):
+            function(torch.randn(2, 3, 5))
+
+
+# --- what torch.ao gets wrong, or cannot do ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", INSTANCE_NORMS)
+def test_running_statistics_of_instance_norm(name: str) -> None:
+    """In eval mode the float layer normalises by them; torch.ao forgets them."""
+    layer = float_layer(name)
+    tracking = getattr(nn, name)(6, affine=True, track_running_stats=True).eval()
+    tracking.running_mean, tracking.running_var = torch.arange(6.0) / 4, torch.arange(6.0) + 0.5
+    tracking.weight, tracking.bias = layer.weight, layer.bias
+    x = some_input(name)
+    model = prepared(tracking, name)
+    int8 = eagerq.convert(model)[0]
+    assert_close(int8(x), tracking(x.dequantize()))
+    assert set(int8.state_dict()) == {*tracking.state_dict(), "scale", "zero_point"}
+
+
+@pytest.mark.parametrize("name", INSTANCE_NORMS)
+def test_instance_norm_without_a_batch(name: str) -> None:
+    int8, x = converted(name), some_input(name)
+    for affine in (True, False):
+        int8 = converted(name, affine=affine)
+        assert torch.equal(int8(x[1]).int_repr(), int8(x).int_repr()[1])
+
+
+def test_group_norm_of_vectors() -> None:
+    layer, x = float_layer("GroupNorm"), some_input("GroupNorm")[:, :, 0, 0]
+    int8 = quantized.GroupNorm(3, 6, layer.weight, layer.bias, 0.02, 100)
+    assert_close(int8(x), layer(x.dequantize()))
+
+
+@pytest.mark.parametrize("name", BATCH_NORMS)
+def test_empty_batch_has_the_results_parameters(name: str) -> None:
+    y = converted(name)(some_input(name, 0))
+    assert y.shape[0] == 0
+    assert y.q_scale() == converted(name).scale != 0.05
+
+
+@names
+def test_empty_batches(name: str) -> None:
+    y = converted(name)(some_input(name, 0))
+    assert y.shape == some_input(name, 0).shape
+
+
+# --- the modules themselves --------------------------------------------------------------------------
+
+
+@names
+def test_from_float_is_like_torchs(ao: Oracle, name: str) -> None:
+    """Tensors, parameters and constructor arguments."""
+    model = prepared(float_layer(name), name)
+    mine = eagerq.convert(model)[0]
+    layer = float_layer(name, fused=ao.intrinsic)
+    layer.activation_post_process = ao.quantization.get_default_qconfig("onednn").activation()
+    layer.activation_post_process(layer(some_input(name).dequantize()))
+    theirs = int8_class(name, ao.quantized, ao.intrinsic_quantized).from_float(layer)
+    state, wanted = mine.state_dict(), theirs.state_dict()
+    assert list(state) == list(wanted)
+    for key, value in wanted.items():
+        assert torch.equal(state[key], value.reshape(state[key].shape).to(state[key].dtype)), key
+        assert type(state[key]) is Tensor
+    assert mine._get_name() == theirs._get_name()
+    for one in (
+        "normalized_shape",
+        "eps",
+        "num_groups",
+        "num_channels",
+        "num_features",
+        "elementwise_affine",
+    ):
+        assert getattr(mine, one, None) == getattr(theirs, one, None)
+    if name not in INSTANCE_NORMS:  # where torch.ao takes affine for the momentum
+        assert getattr(mine, "affine", None) == getattr(theirs, "affine", None)
+    assert torch.equal(mine.weight, theirs.weight)
+    assert torch.equal(mine.bias, theirs.bias)
+    if name in BATCH_NORMS:
+        assert torch.equal(mine.running_mean, theirs.running_mean)
+        assert torch.equal(mine.running_var, theirs.running_var)
+        assert mine.num_batches_tracked == 0
+    assert not list(mine.parameters())
+    y = mine(some_input(name))
+    assert torch.equal(y.int_repr(), theirs(twin_tensor(some_input(name))).int_repr())
+
+
+def test_new_layers() -> None:
+    for kind in (quantized.BatchNorm2d, quantized.BatchNorm3d, int8_class("BNReLU2d"), int8_class("BNReLU3d")):
+        layer = kind(4, 1e-3, 0.2, "cpu", torch.float32)
+        assert (layer.eps, layer.momentum, layer.scale, layer.zero_point) == (1e-3, 0.2, 1.0, 0)
+        assert set(layer.state_dict()) == {*nn.BatchNorm2d(4).state_dict(), "scale", "zero_point"}
+    layer = quantized.LayerNorm((2, 3), torch.ones(2, 3), None, 0.5, 7, 1e-3, True, "cpu", torch.float32)
+    assert (layer.normalized_shape, layer.eps, layer.scale, layer.zero_point) == ((2, 3), 1e-3, 0.5, 7)
+    assert layer.bias is None
+    assert list(layer.state_dict()) == ["weight", "scale", "zero_point"]
+    assert quantized.LayerNorm(4, None, None, 1.0, 0).normalized_shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: quantized.LayerNorm(4, torch.ones(3), None, 1.0, 0), r"weight has shape \(3,\), not \(4,\)"),
+        (lambda: quantized.LayerNorm(4, torch.tensor(1.0), None, 1.0, 0), r"weight has shape \(\)"),
+        (lambda: quantized.GroupNorm(2, 4, None, torch.ones(2), 1.0, 0), r"bias has shape \(2,\)"),
+        (lambda: quantized.InstanceNorm2d(4, torch.ones(3), None, 1.0, 0), "InstanceNorm2d"),
+        (lambda: quantized.GroupNorm(3, 4, None, None, 1.0, 0), "4 channels do not make 3 equal groups"),
+        (lambda: quantized.GroupNorm(0, 4, None, None, 1.0, 0), "do not make 0"),
+    ],
+)
+def test_unfitting_arguments_are_refused(make: Any, words: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        make()
+
+
+@names
+def test_wrong_inputs_are_refused(name: str) -> None:
+    model = nn.Sequential()
+    model.norm = eagerq.convert(prepared(float_layer(name), name))[0]
+    eagerq.errors.stamp_names(model)
+    x = some_input(name)
+    wrong: list[tuple[Any, str]] = [
+        (x.dequantize(), r"torch\.float32.*QuantStub"),
+        (QTensor(x.integers, torch.ones(6), torch.zeros(6), 1), "one scale"),
+        (x[:, :, :5] if name == "LayerNorm" else x[:, :5], "got"),
+        (x[0, 0, 0], "got"),
+    ]
+    if name not in ("LayerNorm", "GroupNorm"):
+        wrong.append((x.unsqueeze(0).unsqueeze(0), "got"))
+    for value, words in wrong:
+        with pytest.raises(InvalidInputError, match=rf"'norm' \(eagerq.*{name}\).*{words}"):
+            model(value)
+
+
+def test_instance_norm_without_tensors_takes_any_width() -> None:
+    """As the float layer, which uses ``num_features`` for nothing then."""
+    int8 = converted("InstanceNorm2d", affine=False)
+    assert int8(some_input("InstanceNorm2d")[:, :4]).shape[1] == 4
+
+
+def test_batch_norm_without_statistics_is_refused() -> None:
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm2d(6, track_running_stats=False)))
+    model.qconfig = eagerq.get_default_qconfig("onednn")
+    model = eagerq.prepare(model.eval())
+    model(real_input("BatchNorm2d"))
+    with pytest.raises(InvalidConfigError, match=r"'0\.0'.*track_running_stats"):
+        eagerq.convert(model)
+
+
+@names
+def test_from_float_refuses_others(name: str) -> None:
+    other = prepared(nn.ReLU(), name)[0] if name == "LayerNorm" else prepared(nn.LayerNorm(5), "LayerNorm")[0]
+    other.activation_post_process = prepared(float_layer(name), name)[0].activation_post_process
+    with pytest.raises(InvalidConfigError, match=rf"{name}.from_float only works for"):
+        int8_class(name).from_float(other)
+    with pytest.raises(InvalidConfigError, match="no observer"):
+        int8_class(name).from_float(float_layer(name))
+
+
+@names
+def test_repr_tells_the_parameters(name: str) -> None:
+    int8 = converted(name)
+    int8.scale, int8.zero_point = 0.25, 3
+    words = repr(int8)
+    assert words.startswith(f"Quantized{name}(")
+    inner = float_layer(name)
+    plain = (inner[0] if name.startswith("BNReLU") else inner).extra_repr().replace(", bias=True", "")
+    assert f"({plain}, scale=0.25, zero_point=3)" in words
+
+
+@names
+def test_half_is_for_float_layers(name: str) -> None:
+    int8, x = converted(name), some_input(name)
+    wanted = int8(x).int_repr()
+    int8.half()
+    assert int8.weight.dtype is torch.float32
+    assert torch.equal(int8(x).int_repr(), wanted)
+
+
+@names
+def test_training_mode_changes_nothing(name: str) -> None:
+    int8, x = converted(name), some_input(name)
+    before = copy.deepcopy(int8.state_dict())
+    assert torch.equal(int8.train()(x).int_repr(), int8.eval()(x).int_repr())
+    assert all(torch.equal(value, before[key]) for key, value in int8.state_dict().items())
+
+
+def test_float_functions_say_what_to_do() -> None:
+    x = some_input("GroupNorm")
+    for function in (lambda: F.layer_norm(x, [4]), lambda: F.group_norm(x, 2), lambda: F.instance_norm(x)):
+        with pytest.raises(InvalidInputError, match=r"norm.*DeQuantStub"):
+            function()
+
+
+# --- state -------------------------------------------------------------------------------------------
+
+
+def trained_network(ranges: str = "onednn", qat: bool = False) -> Any:
+    """A prepared network that has seen data."""
+    torch.manual_seed(3)
+    net = Network()
+    for module in net.modules():
+        if (
+            isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase))
+            and module.weight is not None
+        ):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    net = eagerq.fuse_modules_qat(net.train(), FUSED)
+    if qat:
+        net.qconfig = eagerq.get_default_qat_qconfig(ranges)
+        net = eagerq.prepare_qat(net)
+    else:
+        net.qconfig = eagerq.get_default_qconfig(ranges)
+        net = eagerq.prepare(net)
+    for batch in (8, 9):
+        net(images(batch))
+    return net.eval()
+
+
+@pytest.mark.parametrize("qat", [False, True])
+def test_whole_flow_is_torchs(ao: Oracle, qat: bool) -> None:
+    """The same prepared state, and from it the same integers."""
+    net = trained_network(qat=qat)
+    tq = ao.quantization
+    twin = Network(tq).train()
+    twin = tq.fuse_modules_qat(twin, FUSED)
+    twin.qconfig = (tq.get_default_qat_qconfig if qat else tq.get_default_qconfig)("onednn")
+    twin = (tq.prepare_qat if qat else tq.prepare)(twin)
+    wanted = twin.state_dict()
+    assert [(key, value.dtype) for key, value in net.state_dict().items() if "eps" not in key] == [
+        (key, value.dtype) for key, value in wanted.items() if "eps" not in key
+    ]
+    twin.load_state_dict(net.state_dict(), strict=True)
+    int8, twin = eagerq.convert(net), tq.convert(twin.eval())
+    pairs = [(one, other) for one, other in zip(int8.modules(), twin.modules(), strict=True)]
+    assert [one._get_name() for one, _ in pairs] == [other._get_name() for _, other in pairs]
+    y, theirs = int8(images()), twin(images())
+    assert torch.equal(y, theirs)
+    assert len(y.unique()) > 50
+
+
+@torch.no_grad()
+def test_as_trained_is_within_a_step_of_training() -> None:
+    """Also with a reduced range, at whose end training clamps."""
+    net = trained_network("x86", qat=True).apply(eagerq.disable_observer)
+    int8 = eagerq.convert(net, as_trained=True)
+    apart = int8(images()) - net(images())
+    # every layer may move a value by a step, and the next ones stretch it
+    assert float(apart.abs().mean()) < int8.layer.scale
+    assert int8.layer.output.high == 127
+    for path in ("bn", "bn_relu", "group", "instance", "lines", "bn3d", "bn_relu3d", "solid", "layer"):
+        mine, theirs = int8.get_submodule(path), net.get_submodule(path)
+        output = mine.output
+        assert output.scale == float(theirs.activation_post_process.scale)
+        x = QTensor(torch.randint(0, 128, (2, 6, 4, 2, 8), dtype=torch.uint8), 0.06, 60)
+        x = x if "3d" in path or path in ("solid", "layer") else x.flatten(2) if path == "lines" else x.flatten(2, 3)
+        assert float((mine(x).dequantize() - theirs(x.dequantize())).abs().max()) <= output.scale * 1.01, path
+
+
+def test_state_goes_round() -> None:
+    int8 = eagerq.convert(trained_network("x86"), as_trained=True)
+    wanted = int8(images())
+    file = io.BytesIO()
+    torch.save(int8.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert all(type(value) is Tensor for value in state.values())
+    fresh = eagerq.fuse_modules_qat(Network(), FUSED)
+    fresh.qconfig = eagerq.get_default_qconfig("x86")
+    fresh = eagerq.convert(eagerq.prepare(fresh))
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(images()), wanted)
+    assert torch.equal(copy.deepcopy(fresh)(images()), wanted)
+    for key in state:
+        with pytest.raises(CheckpointError, match="does not fit"):
+            fresh.load_state_dict({**state, key: torch.zeros(3, 3)})
+    assert torch.equal(fresh(images()), wanted)
+
+
+@names
+def test_layers_are_pickled(name: str) -> None:
+    int8, x = converted(name), some_input(name)
+    file = io.BytesIO()
+    torch.save(int8, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x).int_repr(), int8(x).int_repr())
+
+
+def test_old_files_of_batch_norm() -> None:
+    """Before version 2 of torch's batch norm there was no count of batches."""
+    int8 = converted("BatchNorm2d")
+    state = int8.state_dict()
+    del state["num_batches_tracked"]
+    quantized.BatchNorm2d(6).load_state_dict(state)
+
+
+# --- compilers and exporters -------------------------------------------------------------------------
+
+
+def test_compiles_and_exports() -> None:
+    int8 = eagerq.convert(trained_network())
+    wanted = int8(images())
+    compiled = torch.compile(int8, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images()), wanted)
+    for strict in (False, True):
+        exported = torch.export.export(int8, (images(),), strict=strict)
+        assert torch.equal(exported.module()(images()), wanted)
