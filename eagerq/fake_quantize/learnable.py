@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import torch
@@ -206,8 +207,10 @@ class LearnableFakeQuantize(FakeQuantizeBase):
             f"scale={self.scale.detach()}, zero_point={self.zero_point.detach()}, learning={self._learning_on}"
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
         scale = state_dict.get(f"{prefix}scale")
         if isinstance(scale, Tensor):
             self._resize(scale.numel())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
