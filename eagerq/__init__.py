@@ -144,6 +144,7 @@ from eagerq.quantization_mappings import (
 from eagerq.quantize import (
     add_quant_dequant,
     convert,
+    get_default_custom_config_dict,
     prepare,
     prepare_qat,
     propagate_qconfig_,
@@ -290,6 +291,7 @@ __all__ = [
     # the flow
     "add_quant_dequant",
     "convert",
+    "get_default_custom_config_dict",
     "prepare",
     "prepare_qat",
     "propagate_qconfig_",

@@ -35,6 +35,7 @@ _PUBLIC_PACKAGES = (
     "eagerq.intrinsic.quantized",
     "eagerq.intrinsic",
     "eagerq.nn.qat",
+    "eagerq.nn.quantizable",
     "eagerq.nn.quantized",
     "torch.nn",
 )

@@ -17,7 +17,7 @@ from eagerq.fuser_method_mappings import (
     get_fuser_method,
 )
 from eagerq.quantize.swapping import check_unprepared
-from eagerq.quantize.tree import copy_hooks, unchanged_on_error
+from eagerq.tree import copy_hooks, unchanged_on_error
 
 __all__ = [
     "fuse_conv_bn",

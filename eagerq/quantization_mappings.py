@@ -9,14 +9,11 @@ from torch import nn
 
 from eagerq import intrinsic
 from eagerq.errors import InvalidConfigError
-from eagerq.fake_quantize import (
-    default_fixed_qparams_range_0to1_fake_quant,
-    default_fixed_qparams_range_neg1to1_fake_quant,
-)
 from eagerq.intrinsic import qat as intrinsic_qat
 from eagerq.intrinsic import quantized as intrinsic_quantized
-from eagerq.nn import qat, quantized
+from eagerq.nn import qat, quantizable, quantized
 from eagerq.stubs import DeQuantStub, QuantStub
+from eagerq.twins import DEFAULT_MODULE_TO_ACT_POST_PROCESS
 
 __all__ = [
     "DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS",
@@ -34,6 +31,7 @@ __all__ = [
     "get_embedding_qat_module_mappings",
     "get_embedding_static_quant_module_mappings",
     "get_static_quant_module_class",
+    "no_observer_set",
 ]
 
 ModuleMap = dict[Callable[..., Any], Any]
@@ -128,15 +126,6 @@ DEFAULT_QAT_MODULE_MAPPINGS = _qat_map(tuple(row for row in ROWS if row.trained_
 DEFAULT_STATIC_QUANT_MODULE_MAPPINGS = _static_map(ROWS)
 DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS = _dynamic_map(ROWS)
 
-# Functions whose results have one range, whatever the data: quantized tensors get it from the float modules
-# themselves (eagerq.qtensor_activations), so while training a fake quantizer with that range stands in.
-DEFAULT_MODULE_TO_ACT_POST_PROCESS: ModuleMap = {
-    nn.Hardsigmoid: default_fixed_qparams_range_0to1_fake_quant,
-    nn.Sigmoid: default_fixed_qparams_range_0to1_fake_quant,
-    nn.Softmax: default_fixed_qparams_range_0to1_fake_quant,
-    nn.Tanh: default_fixed_qparams_range_neg1to1_fake_quant,
-}
-
 # Layers whose outputs are observed although they have no int8 form here: checkpoints have the observers.
 _OBSERVED_ONLY: tuple[type[nn.Module], ...] = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -213,3 +202,8 @@ def get_combined_dict(default_dict: dict[Any, Any], additional_dict: dict[Any, A
         {'a': 1, 'b': 2}
     """
     return {**default_dict, **additional_dict}
+
+
+def no_observer_set() -> set[Any]:
+    """Observed classes that get no observer on their output: their parts have their own."""
+    return {quantizable.LSTM, quantizable.MultiheadAttention}

@@ -16,9 +16,9 @@ from eagerq.inspection import (
     weight_is_statically_quantized,
 )
 from eagerq.quantization_mappings import get_combined_dict
-from eagerq.quantize.tree import is_leaf as has_no_children_ignoring_parametrizations
 from eagerq.ranges import calculate_qmin_qmax, check_min_max_valid, determine_qparams, validate_qmin_qmax
 from eagerq.scheme import is_per_channel, is_per_tensor, to_underlying_dtype
+from eagerq.tree import is_leaf as has_no_children_ignoring_parametrizations
 
 __all__ = [
     # dtypes and schemes

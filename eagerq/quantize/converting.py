@@ -13,10 +13,12 @@ from torch import nn
 from eagerq.errors import InvalidConfigError, UnsupportedError, stamp_names
 from eagerq.nn.quantized import FloatFunctional, QuantizedModule
 from eagerq.quantization_mappings import ModuleMap, get_default_static_quant_module_mappings
+from eagerq.quantize.custom import quantized_classes
 from eagerq.quantize.preparing import prepare, prepare_qat
 from eagerq.quantize.state import has_state_check, install_state_check
-from eagerq.quantize.swapping import OBSERVER, ObserverHook, Observing, swap_children, swap_module
-from eagerq.quantize.tree import unchanged_on_error
+from eagerq.quantize.swapping import swap_children
+from eagerq.tree import unchanged_on_error
+from eagerq.twins import OBSERVER, Observing, remove_observers, swap_module
 
 __all__ = ["convert", "quantize", "quantize_qat"]
 
@@ -97,17 +99,6 @@ def _report_nonfinite(root: nn.Module) -> None:
         )
 
 
-def _clean(root: nn.Module) -> None:
-    """Take away qconfigs, observers and their hooks."""
-    for module in root.modules():
-        module.__dict__.pop("qconfig", None)
-        if isinstance(module._modules.get(OBSERVER), Observing):
-            del module._modules[OBSERVER]
-        for number, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, ObserverHook):
-                del module._forward_hooks[number]
-
-
 def convert(
     module: nn.Module,
     mapping: ModuleMap | None = None,
@@ -129,7 +120,9 @@ def convert(
         inplace: change ``module`` itself rather than a copy.
         remove_qconfig: take away qconfigs, observers and their hooks.
         is_reference: not supported; see ``eagerq.pt2e`` for graphs.
-        convert_custom_config_dict: ``{"observed_to_quantized_custom_module_class": {Observed: Quantized}}``.
+        convert_custom_config_dict: ``{"observed_to_quantized_custom_module_class": {Observed: Quantized}}``,
+            instead of that of :func:`get_default_custom_config_dict`; ``Quantized.from_observed(module)``
+            makes the int8 module.
         use_precomputed_fake_quant: keep the weight ranges seen so far, without another look.
         as_trained: keep the scales and integer ranges that the model was trained with, so that int8
             is what was trained.  By default parameters are computed anew and ranges are the dtype's,
@@ -154,8 +147,8 @@ def convert(
     """
     if is_reference:
         raise UnsupportedError("convert(is_reference=True) makes modules of FX graph mode, which eagerq leaves out")
-    custom = (convert_custom_config_dict or {}).get("observed_to_quantized_custom_module_class", {})
-    if mapping is None and not custom:
+    custom = quantized_classes(convert_custom_config_dict)
+    if mapping is None and (convert_custom_config_dict is None or not custom):
         _check_prepared(module)
     unobserved = _unobserved(module)
     if strict and unobserved:
@@ -177,7 +170,7 @@ def convert(
             custom,
         )
     if remove_qconfig:
-        _clean(module)
+        remove_observers(module)
     stamp_names(module)
     install_state_check(module)
     if any(isinstance(one, QuantizedModule) for one in module.modules()):

@@ -14,10 +14,12 @@ from eagerq.quantization_mappings import (
     get_default_qat_module_mappings,
     get_default_qconfig_propagation_list,
 )
+from eagerq.quantize.custom import observed_classes
 from eagerq.quantize.qconfigs import propagate_qconfig_, require_qconfig
 from eagerq.quantize.state import install_state_check
-from eagerq.quantize.swapping import attach_observers, check_root, check_unprepared, swap_children, swap_module
-from eagerq.quantize.tree import unchanged_on_error
+from eagerq.quantize.swapping import attach_observers, check_root, check_unprepared, swap_children
+from eagerq.tree import unchanged_on_error
+from eagerq.twins import swap_module
 
 __all__ = ["prepare", "prepare_qat"]
 
@@ -36,7 +38,9 @@ def prepare(
         inplace: change ``model`` itself rather than a copy.
         allow_list: classes of leaves to observe, instead of the default ones.
         observer_non_leaf_module_list: further classes to observe as a whole.
-        prepare_custom_config_dict: ``{"float_to_observed_custom_module_class": {Class: Observed}}``.
+        prepare_custom_config_dict: ``{"float_to_observed_custom_module_class": {Class: Observed}}``, instead
+            of that of :func:`get_default_custom_config_dict`; ``Observed.from_float(module)`` makes the
+            module to observe as a whole.
 
     Returns:
         The observed model.
@@ -45,7 +49,7 @@ def prepare(
         InvalidConfigError: when no module has a qconfig, or the model is prepared already, or is itself
             a layer.
     """
-    custom = (prepare_custom_config_dict or {}).get("float_to_observed_custom_module_class", {})
+    custom = observed_classes(prepare_custom_config_dict)
     check_unprepared(model, "prepare")
     check_root(model, "prepare", custom)
     if not inplace:
@@ -64,7 +68,7 @@ def prepare_qat(model: nn.Module, mapping: ModuleMap | None = None, inplace: boo
     """Make a float model ready for quantization-aware training.
 
     Layers become their QAT twins (sharing parameters), and each quantizable layer's output goes
-    through the fake quantizer of its qconfig.
+    through the fake quantizer of its qconfig.  LSTM and attention become their quantizable twins.
 
     Args:
         model: in training mode, fused where wanted, with a ``qconfig`` on itself or on submodules.
@@ -94,7 +98,8 @@ def prepare_qat(model: nn.Module, mapping: ModuleMap | None = None, inplace: boo
         )
     check_unprepared(model, "prepare_qat")
     mapping = get_default_qat_module_mappings() if mapping is None else mapping
-    check_root(model, "prepare_qat", mapping)
+    custom = observed_classes(None)
+    check_root(model, "prepare_qat", mapping, custom)
     if not inplace:
         model = copy.deepcopy(model)
     with unchanged_on_error(model):
@@ -102,8 +107,8 @@ def prepare_qat(model: nn.Module, mapping: ModuleMap | None = None, inplace: boo
         require_qconfig(model, "prepare_qat")
         stamp_names(model)
         chosen = mapping
-        swap_children(model, lambda module: swap_module(module, chosen), {})
-        attach_observers(model, get_default_qconfig_propagation_list(), set(mapping.values()), {})
+        swap_children(model, lambda module: swap_module(module, chosen), custom)
+        attach_observers(model, get_default_qconfig_propagation_list(), set(mapping.values()), custom)
         stamp_names(model)
         install_state_check(model)
     return model

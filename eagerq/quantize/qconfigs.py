@@ -11,8 +11,8 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from eagerq.errors import InvalidArgumentError, InvalidConfigError, nearest
 from eagerq.qconfig import QConfig
 from eagerq.qconfig_mapping import QConfigMapping
-from eagerq.quantize.tree import is_leaf
 from eagerq.stubs import QuantWrapper
+from eagerq.tree import is_leaf
 
 __all__ = ["add_quant_dequant", "propagate_qconfig_", "require_qconfig"]
 

@@ -2,92 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from eagerq.errors import InvalidConfigError, describe, stamp_names
-from eagerq.fake_quantize import FakeQuantizeBase
 from eagerq.intrinsic import _FusedModule
 from eagerq.nn.qat.base import QATMixin
 from eagerq.nn.quantized import FloatFunctional, QFunctional, QuantizedModule
-from eagerq.observer import ObserverBase
-from eagerq.quantization_mappings import (
-    DEFAULT_MODULE_TO_ACT_POST_PROCESS,
-    ModuleMap,
-    get_default_qconfig_propagation_list,
-)
-from eagerq.quantize.tree import copy_hooks, device_of, is_leaf
-from eagerq.stubs import DeQuantStub
+from eagerq.quantization_mappings import ModuleMap, get_default_qconfig_propagation_list, no_observer_set
+from eagerq.tree import device_of, is_leaf
+from eagerq.twins import OBSERVER, Observing, attach_observer, fixed_range_observer, made_from
 
-__all__ = [
-    "OBSERVER",
-    "Observing",
-    "ObserverHook",
-    "attach_observers",
-    "check_root",
-    "check_unprepared",
-    "swap_children",
-    "swap_module",
-]
-
-# the child that observes or fake-quantizes a module's output; checkpoints know it by this name
-OBSERVER = "activation_post_process"
-Observing = (ObserverBase, FakeQuantizeBase)
-
-
-class ObserverHook:
-    """Forward hook that shows a module's output to its ``activation_post_process``."""
-
-    def __call__(self, module: Any, args: Any, output: Tensor) -> Tensor:
-        observed: Tensor = module.activation_post_process(output)
-        return observed
+__all__ = ["attach_observers", "check_root", "check_unprepared", "swap_children"]
 
 
 def _is_unit(module: nn.Module) -> bool:
     """Whether a module is swapped and observed as a whole, never its parts."""
     return isinstance(module, (_FusedModule, QATMixin, *Observing))
-
-
-def swap_module(
-    mod: nn.Module,
-    mapping: ModuleMap,
-    custom_module_class_mapping: ModuleMap | None = None,
-    use_precomputed_fake_quant: bool = False,
-    as_trained: bool = False,
-) -> nn.Module:
-    """The module that ``mapping`` gives for ``mod``, made by its ``from_float``; else ``mod`` itself.
-
-    Only modules with a qconfig are swapped.  Hooks (but for the observer's), device and training mode
-    carry over.
-
-    Args:
-        custom_module_class_mapping: observed custom class to quantized class, made by
-            ``from_observed``.
-        use_precomputed_fake_quant, as_trained: see :func:`convert`.
-    """
-    kind = type_before_parametrizations(mod)
-    if getattr(mod, "qconfig", None) is None:
-        return mod
-    if custom_module_class_mapping and kind in custom_module_class_mapping:
-        new: nn.Module = custom_module_class_mapping[kind].from_observed(mod)
-    elif kind in mapping:
-        make = mapping[kind].from_float
-        accepted = inspect.signature(make).parameters
-        options = {"use_precomputed_fake_quant": use_precomputed_fake_quant, "as_trained": as_trained}
-        new = make(mod, **{name: value for name, value in options.items() if name in accepted})
-    else:
-        return mod
-    copy_hooks(mod, new, leave=ObserverHook)
-    device = device_of(mod)
-    if device is not None:
-        new.to(device)
-    new.training = mod.training
-    return new
 
 
 def swap_children(root: nn.Module, swap: Callable[[nn.Module], nn.Module], whole: ModuleMap) -> None:
@@ -111,46 +45,38 @@ def swap_children(root: nn.Module, swap: Callable[[nn.Module], nn.Module], whole
         parent._modules[name] = new
 
 
-def _fixed_range(module: nn.Module) -> Callable[..., Any] | None:
-    """The fake quantizer of an output whose range is known beforehand; for training only."""
-    return DEFAULT_MODULE_TO_ACT_POST_PROCESS.get(type_before_parametrizations(module)) if module.training else None
-
-
-def _attach_observer(module: nn.Module, device: torch.device | None) -> None:
-    config = getattr(module, "qconfig", None)
-    if config is None or isinstance(module, DeQuantStub):
-        return
-    observer = (_fixed_range(module) or config.activation)()
-    where = device_of(module) or device
-    module.add_module(OBSERVER, observer.to(where) if where is not None else observer)
-    if not isinstance(module, FloatFunctional):
-        module.register_forward_hook(ObserverHook(), prepend=True)
-
-
 def attach_observers(
     root: nn.Module, leaves: Iterable[Any], non_leaves: Iterable[Any], custom_module_class_mapping: ModuleMap
 ) -> None:
     leaf_kinds, whole_kinds = set(leaves), set(non_leaves)
+    in_parts = tuple(no_observer_set())
     device = device_of(root)
     seen: set[nn.Module] = set()
+    twins: dict[nn.Module, nn.Module] = {}  # a custom module in two places stays one module
 
     def visit(module: nn.Module) -> None:
-        for name, child in list(module.named_children()):
-            kind = type_before_parametrizations(child)
-            if child in seen or kind is nn.Dropout:
+        for name, child in list(module._modules.items()):
+            if child in twins:
+                module._modules[name] = twins[child]
+            if child is None or child in seen or type_before_parametrizations(child) is nn.Dropout:
                 continue
             seen.add(child)
+            kind = type_before_parametrizations(child)
             if getattr(child, "qconfig", None) is not None and kind in custom_module_class_mapping:
-                child = custom_module_class_mapping[kind].from_float(child)
-                module._modules[name] = child
-                _attach_observer(child, device)
-            elif isinstance(child, (FloatFunctional, _FusedModule)) or kind in whole_kinds or _fixed_range(child):
-                _attach_observer(child, device)
+                new = made_from(custom_module_class_mapping[kind].from_float, child)
+                module._modules[name] = twins[child] = new
+                seen.add(new)
+                if not isinstance(new, in_parts):
+                    attach_observer(new, device)
+            elif (
+                isinstance(child, (FloatFunctional, _FusedModule)) or kind in whole_kinds or fixed_range_observer(child)
+            ):
+                attach_observer(child, device)
             elif not isinstance(child, (*Observing, QFunctional)):
                 visit(child)
         kind = type_before_parametrizations(module)
         if is_leaf(module) and not isinstance(module, nn.Sequential) and kind in leaf_kinds:
-            _attach_observer(module, device)
+            attach_observer(module, device)
 
     visit(root)
 

@@ -1,6 +1,7 @@
 """int8 modules."""
 
 from eagerq.nn.quantized.activation import ELU, Hardswish, LeakyReLU, PReLU, ReLU6, Sigmoid, Softmax
+from eagerq.nn.quantized.attention import MultiheadAttention
 from eagerq.nn.quantized.base import WeightedQuantizedModule
 from eagerq.nn.quantized.batchnorm import (
     BatchNorm2d,
@@ -14,6 +15,7 @@ from eagerq.nn.quantized.dropout import Dropout
 from eagerq.nn.quantized.embedding import Embedding, EmbeddingBag
 from eagerq.nn.quantized.functional_modules import FloatFunctional, FXFloatFunctional, QFunctional
 from eagerq.nn.quantized.linear import Linear
+from eagerq.nn.quantized.lstm import LSTM
 from eagerq.nn.quantized.normalization import GroupNorm, LayerNorm
 from eagerq.nn.quantized.quantize import DeQuantize, Quantize
 from eagerq.nn.quantized.state import QuantizedModule
@@ -28,7 +30,9 @@ __all__ = [
     "Conv3d",
     "Embedding",
     "EmbeddingBag",
+    "LSTM",
     "Linear",
+    "MultiheadAttention",
     # activations
     "Dropout",
     "ELU",
