@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "eagerq"
 # Level -> rooms. A room is a module or a package of eagerq; everything inside a package belongs to
 # its room, private files included. A room imports from its own level and from those below.
 LEVELS: dict[int, tuple[str, ...]] = {
-    6: ("pt2e", "training", "freeze", "numeric_suite", "report", "migrate"),
+    6: ("pt2e", "training", "freeze", "numeric_suite", "equalization", "bias_correction", "report", "migrate"),
     5: ("quantize", "fuse_modules", "quantization_mappings", "fuser_method_mappings"),
     4: ("intrinsic",),
     3: ("nn.qat", "nn.quantized", "nn.quantizable", "stubs", "tree", "twins"),

@@ -99,6 +99,11 @@ class QFunctional(RequantizingModule, _Operations):
         super().__init__()
         self.activation_post_process: nn.Module = nn.Identity()
 
+    def _result(self, integers: Tensor) -> QTensor:
+        y = QTensor(integers, self.output.scale, self.output.zero_point)
+        logger = self.activation_post_process  # of the numeric suite
+        return y if type(logger) is nn.Identity else logger(y)
+
     def _pair(self, kernel: Any, x: Tensor, y: Tensor, low: int | None = None) -> QTensor:
         a, b = expect_quantized(self, x), expect_quantized(self, y)
         output = self.output
@@ -108,7 +113,7 @@ class QFunctional(RequantizingModule, _Operations):
             *(output.scale, output.zero_point, output.dtype),
             *(output.low if low is None else low, output.high),
         )
-        return QTensor(integers, output.scale, output.zero_point)
+        return self._result(integers)
 
     def add(self, x: Tensor, y: Tensor) -> QTensor:
         """``x + y``."""
@@ -137,7 +142,7 @@ class QFunctional(RequantizingModule, _Operations):
             dim,
             *output,
         )
-        return QTensor(integers, output.scale, output.zero_point)
+        return self._result(integers)
 
     def add_scalar(self, x: Tensor, y: float) -> QTensor:
         """``x + y`` for a number: a shift of the zero point, rescaled where that leaves the dtype."""
