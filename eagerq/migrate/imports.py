@@ -29,10 +29,6 @@ def plain_import(module: str) -> cst.Import:
     return cst.Import([cst.ImportAlias(dotted(module))])
 
 
-def _as_name(name: str) -> cst.AsName:
-    return cst.AsName(cst.Name(name))
-
-
 def rewrite_import(statement: ImportStatement, bindings: Sequence[Binding], made: Plan) -> list[cst.BaseSmallStatement]:
     """What takes the statement's place; itself where nothing changes."""
     by_alias = {binding.alias: binding for binding in bindings}
@@ -110,13 +106,8 @@ def _bare(alias: cst.ImportAlias) -> cst.ImportAlias:
 
 def _placed(alias: cst.ImportAlias, binding: Binding, found: Found) -> _Placed:
     module, _, name = found.name.rpartition(".")
-    same = alias.asname.name.value == name if alias.asname and isinstance(alias.asname.name, cst.Name) else False
-    asname = alias.asname
-    if asname is None and binding.name != name:
-        asname = _as_name(binding.name)
-    elif same and not module:
-        asname = None
-    return module, alias.with_changes(name=cst.Name(name), asname=asname)
+    renamed = alias.asname or (cst.AsName(cst.Name(binding.name)) if binding.name != name else None)
+    return module, alias.with_changes(name=cst.Name(name), asname=renamed)
 
 
 def _subset(statement: cst.ImportFrom, module: str, aliases: list[cst.ImportAlias]) -> cst.ImportFrom:

@@ -59,9 +59,11 @@ for _old in ("torch.ao.quantization", "torch.quantization"):
     for _part in (
         *("observer", "fake_quantize", "qconfig", "qconfig_mapping", "stubs", "utils", "quant_type"),
         *("fuse_modules", "fuser_method_mappings", "quantization_mappings", "quantize"),
-        *("_equalize", "_correct_bias", "_learnable_fake_quantize"),
     ):
-        _ROOTS[f"{_old}.{_part}"] = (f"eagerq.{_part.lstrip('_')}", "eagerq")
+        _ROOTS[f"{_old}.{_part}"] = (f"eagerq.{_part}", "eagerq")
+    _ROOTS[f"{_old}._equalize"] = ("eagerq.equalization",)
+    _ROOTS[f"{_old}._correct_bias"] = ("eagerq.bias_correction",)
+    _ROOTS[f"{_old}._learnable_fake_quantize"] = ("eagerq.fake_quantize",)
 for _old in ("torch.ao.nn", "torch.nn"):
     for _part in ("qat", "qat.dynamic", "quantizable", "quantized", "quantized.dynamic"):
         _ROOTS[f"{_old}.{_part}"] = (f"eagerq.nn.{_part}",)
@@ -76,6 +78,8 @@ _INNER = re.compile(
 _NAMESPACES = frozenset(
     (*("torch", "torch.nn", "torch.ao", "torch.ao.nn", "torch.ao.ns"), "torchao", "torchao.quantization")
 )
+
+_RENAMED = {"_LearnableFakeQuantize": "LearnableFakeQuantize"}
 
 _OBJECTS = {
     "torch.quint8": ("torch", "uint8"),
@@ -218,7 +222,7 @@ def _within(parts: Sequence[str], end: int, places: tuple[str, ...]) -> Found | 
         existing, end = [deeper], end + 1
     if end == len(parts):
         return Found(existing[0], existing[0], end)
-    name = parts[end]
+    name = _RENAMED.get(parts[end], parts[end])
     for place in existing:
         if _has(place, name):
             return Found(f"{place}.{name}", place, end + 1)

@@ -69,6 +69,17 @@ IMPORTS = [
     ),
     case("modules", "from torch.nn.quantized.modules import Conv2d\n", "from eagerq.nn.quantized import Conv2d\n"),
     case(
+        "a private name",
+        """
+        from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
+        x = _LearnableFakeQuantize
+        """,
+        """
+        from eagerq.fake_quantize import LearnableFakeQuantize
+        x = LearnableFakeQuantize
+        """,
+    ),
+    case(
         "in parentheses",
         """
         from torch.ao.quantization import (  # what it takes
