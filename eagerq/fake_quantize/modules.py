@@ -270,6 +270,12 @@ class FixedQParamsFakeQuantize(FakeQuantize):
         self.scale = self.activation_post_process.scale
         self.zero_point = self.activation_post_process.zero_point
 
+    def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
+        super()._upgrade_state(state, prefix, version)
+        for name in ("scale", "zero_point"):  # it had no observer before torch 1.11
+            if prefix + name in state:
+                state.setdefault(f"{prefix}activation_post_process.{name}", state[prefix + name])
+
     def _observe(self, x: Tensor) -> None:
         return
 
@@ -338,9 +344,25 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
 
     def _training_qparams(self) -> tuple[Tensor, Tensor]:
         observer = self.activation_post_process
-        return training_qparams(
-            observer.min_val, observer.max_val, self.quant_min, self.quant_max, self.is_symmetric_quant
-        )
+        return self._qparams_of(observer.min_val, observer.max_val)
+
+    def _qparams_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return training_qparams(low, high, self.quant_min, self.quant_max, self.is_symmetric_quant)
+
+    def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
+        switch = state.get(f"{prefix}fake_quant_enabled")
+        if isinstance(switch, Tensor) and switch.dtype is not self._switch_dtype:
+            self._restate_qparams(state, prefix)
+        super()._upgrade_state(state, prefix, version)
+
+    def _restate_qparams(self, state: MutableMapping[str, Any], prefix: str) -> None:
+        """A plain FakeQuantize's parameters follow another formula; torch's fused operator computes them anew."""
+        inner = f"{prefix}activation_post_process."
+        self.activation_post_process._upgrade_state(state, inner, None)
+        low, high = state.get(f"{inner}min_val"), state.get(f"{inner}max_val")
+        if isinstance(low, Tensor) and isinstance(high, Tensor) and low.shape == high.shape and low.numel():
+            scale, zero_point = self._qparams_of(low, high)
+            state[f"{prefix}scale"], state[f"{prefix}zero_point"] = scale, zero_point.to(self.zero_point.dtype)
 
 
 def disable_fake_quant(mod: nn.Module) -> None:
