@@ -137,6 +137,7 @@ from eagerq.quantization_mappings import (
     get_default_qat_module_mappings,
     get_default_qconfig_propagation_list,
     get_default_static_quant_module_mappings,
+    get_dynamic_quant_module_class,
     get_embedding_qat_module_mappings,
     get_embedding_static_quant_module_mappings,
     get_static_quant_module_class,
@@ -149,6 +150,7 @@ from eagerq.quantize import (
     prepare_qat,
     propagate_qconfig_,
     quantize,
+    quantize_dynamic,
     quantize_qat,
     swap_module,
 )
@@ -285,6 +287,7 @@ __all__ = [
     "get_default_qat_module_mappings",
     "get_default_qconfig_propagation_list",
     "get_default_static_quant_module_mappings",
+    "get_dynamic_quant_module_class",
     "get_embedding_qat_module_mappings",
     "get_embedding_static_quant_module_mappings",
     "get_static_quant_module_class",
@@ -296,6 +299,7 @@ __all__ = [
     "prepare_qat",
     "propagate_qconfig_",
     "quantize",
+    "quantize_dynamic",
     "quantize_qat",
     "swap_module",
     # stubs

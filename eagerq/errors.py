@@ -32,10 +32,13 @@ _NAME = "_eagerq_name"
 # where users import classes from, the longer path first
 _PUBLIC_PACKAGES = (
     "eagerq.intrinsic.qat",
+    "eagerq.intrinsic.quantized.dynamic",
     "eagerq.intrinsic.quantized",
     "eagerq.intrinsic",
+    "eagerq.nn.qat.dynamic",
     "eagerq.nn.qat",
     "eagerq.nn.quantizable",
+    "eagerq.nn.quantized.dynamic",
     "eagerq.nn.quantized",
     "torch.nn",
 )

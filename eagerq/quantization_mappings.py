@@ -11,7 +11,10 @@ from eagerq import intrinsic
 from eagerq.errors import InvalidConfigError
 from eagerq.intrinsic import qat as intrinsic_qat
 from eagerq.intrinsic import quantized as intrinsic_quantized
+from eagerq.intrinsic.quantized import dynamic as intrinsic_dynamic
 from eagerq.nn import qat, quantizable, quantized
+from eagerq.nn.qat import dynamic as qat_dynamic
+from eagerq.nn.quantized import dynamic
 from eagerq.stubs import DeQuantStub, QuantStub
 from eagerq.twins import DEFAULT_MODULE_TO_ACT_POST_PROCESS
 
@@ -28,6 +31,7 @@ __all__ = [
     "get_default_qat_module_mappings",
     "get_default_qconfig_propagation_list",
     "get_default_static_quant_module_mappings",
+    "get_dynamic_quant_module_class",
     "get_embedding_qat_module_mappings",
     "get_embedding_static_quant_module_mappings",
     "get_static_quant_module_class",
@@ -48,6 +52,7 @@ class Row(NamedTuple):
         dynamic: the module with an integer weight that quantizes its float input as it comes.
         trained_by_default: whether the default QAT map has it (embeddings are asked for by their own).
         dynamic_by_default: whether the default dynamic map has it.
+        qat_dynamic: the module to train with for the dynamic form.
     """
 
     sequence: tuple[type[nn.Module], ...]
@@ -57,6 +62,7 @@ class Row(NamedTuple):
     dynamic: type[nn.Module] | None = None
     trained_by_default: bool = True
     dynamic_by_default: bool = True
+    qat_dynamic: type[nn.Module] | None = None
 
     @property
     def float_module(self) -> type[nn.Module]:
@@ -84,9 +90,15 @@ ROWS: tuple[Row, ...] = (
     Row((DeQuantStub,), quantized=quantized.DeQuantize),
     Row((quantized.FloatFunctional,), quantized=quantized.QFunctional),
     *(row for dim in (1, 2, 3) for row in _convolutions(dim)),
-    Row((nn.Linear,), qat=qat.Linear, quantized=_Linear),
-    Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), qat=qat.Linear, quantized=_Linear),
-    Row((nn.Linear, nn.ReLU), intrinsic.LinearReLU, intrinsic_qat.LinearReLU, intrinsic_quantized.LinearReLU),
+    Row((nn.Linear,), None, qat.Linear, _Linear, dynamic.Linear, qat_dynamic=qat_dynamic.Linear),
+    Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), None, qat.Linear, _Linear, dynamic.Linear),
+    Row(
+        (nn.Linear, nn.ReLU),
+        intrinsic.LinearReLU,
+        intrinsic_qat.LinearReLU,
+        intrinsic_quantized.LinearReLU,
+        intrinsic_dynamic.LinearReLU,
+    ),
     Row((nn.Linear, nn.BatchNorm1d), intrinsic.LinearBn1d, intrinsic_qat.LinearBn1d, _Linear),
     Row((nn.BatchNorm2d,), quantized=quantized.BatchNorm2d),
     Row((nn.BatchNorm3d,), quantized=quantized.BatchNorm3d),
@@ -97,8 +109,16 @@ ROWS: tuple[Row, ...] = (
     Row((nn.LayerNorm,), quantized=quantized.LayerNorm),
     Row((nn.BatchNorm2d, nn.ReLU), intrinsic.BNReLU2d, None, intrinsic_quantized.BNReLU2d),
     Row((nn.BatchNorm3d, nn.ReLU), intrinsic.BNReLU3d, None, intrinsic_quantized.BNReLU3d),
-    Row((nn.Embedding,), qat=qat.Embedding, quantized=quantized.Embedding, trained_by_default=False),
-    Row((nn.EmbeddingBag,), qat=qat.EmbeddingBag, quantized=quantized.EmbeddingBag, trained_by_default=False),
+    # embeddings take no activations that could be quantized: both their forms are the same
+    Row((nn.Embedding,), None, qat.Embedding, quantized.Embedding, quantized.Embedding, trained_by_default=False),
+    Row(
+        (nn.EmbeddingBag,),
+        None,
+        qat.EmbeddingBag,
+        quantized.EmbeddingBag,
+        quantized.EmbeddingBag,
+        trained_by_default=False,
+    ),
     Row((nn.Dropout,), quantized=quantized.Dropout),
     Row((nn.ELU,), quantized=quantized.ELU),
     Row((nn.Hardswish,), quantized=quantized.Hardswish),
@@ -119,7 +139,9 @@ def _static_map(rows: tuple[Row, ...]) -> ModuleMap:
 
 
 def _dynamic_map(rows: tuple[Row, ...]) -> ModuleMap:
-    return {row.float_module: row.dynamic for row in rows if row.dynamic and row.dynamic_by_default}
+    dynamic_rows = [row for row in rows if row.dynamic and row.dynamic_by_default]
+    from_float: ModuleMap = {row.float_module: row.dynamic for row in dynamic_rows}
+    return from_float | {row.qat_dynamic: row.dynamic for row in dynamic_rows if row.qat_dynamic}
 
 
 DEFAULT_QAT_MODULE_MAPPINGS = _qat_map(tuple(row for row in ROWS if row.trained_by_default))
@@ -158,6 +180,16 @@ def get_embedding_static_quant_module_mappings() -> ModuleMap:
     return dict(DEFAULT_STATIC_QUANT_MODULE_MAPPINGS)
 
 
+def _swapped_class(float_module_class: Callable[..., Any], mapping: ModuleMap, argument: str) -> Any:
+    found = mapping.get(float_module_class)
+    if found is None:
+        raise InvalidConfigError(
+            f"Floating point module class {float_module_class} does not have a corresponding quantized module class",
+            remedy=f"pass it in {argument}",
+        )
+    return found
+
+
 def get_static_quant_module_class(
     float_module_class: Callable[..., Any],
     additional_static_quant_mapping: ModuleMap | None = None,
@@ -168,13 +200,20 @@ def get_static_quant_module_class(
     Raises:
         InvalidConfigError: when there is none.
     """
-    found = {**DEFAULT_STATIC_QUANT_MODULE_MAPPINGS, **(additional_static_quant_mapping or {})}.get(float_module_class)
-    if found is None:
-        raise InvalidConfigError(
-            f"Floating point module class {float_module_class} does not have a corresponding quantized module class",
-            remedy="pass it in additional_static_quant_mapping",
-        )
-    return found
+    mapping = get_combined_dict(DEFAULT_STATIC_QUANT_MODULE_MAPPINGS, additional_static_quant_mapping or {})
+    return _swapped_class(float_module_class, mapping, "additional_static_quant_mapping")
+
+
+def get_dynamic_quant_module_class(
+    float_module_class: Callable[..., Any], additional_dynamic_quant_mapping: ModuleMap | None = None
+) -> Any:
+    """The dynamically quantized class of a float module class.
+
+    Raises:
+        InvalidConfigError: when there is none.
+    """
+    mapping = get_combined_dict(DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS, additional_dynamic_quant_mapping or {})
+    return _swapped_class(float_module_class, mapping, "additional_dynamic_quant_mapping")
 
 
 def get_default_qconfig_propagation_list() -> set[Callable[..., Any]]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["copy_hooks", "device_of", "is_leaf", "unchanged_on_error"]
+__all__ = ["copy_hooks", "device_of", "is_leaf", "leave_fast_paths", "unchanged_on_error"]
 
 # what prepare, convert and fuse change in a module, besides its qconfig
 _TABLES = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks")
@@ -73,3 +73,16 @@ def device_of(module: nn.Module) -> torch.device | None:
             if value.device.type != "meta":
                 return value.device
     return None
+
+
+def leave_fast_paths(root: nn.Module, changed: set[nn.Module]) -> None:
+    """Have torch's transformer encoders call their layers, whose weights they else take past them in eval mode.
+
+    Args:
+        changed: modules with a child that has been swapped.
+    """
+    for module in root.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and not changed.isdisjoint(module.modules()):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and not changed.isdisjoint(module.modules()):
+            module.use_nested_tensor = False

@@ -16,7 +16,7 @@ from eagerq.functional import dynamic_qparams
 from eagerq.kernels import doors, reference
 from eagerq.kernels.dispatch import Kernel
 
-__all__ = ["linear_dynamic", "linear_dynamic_float16"]
+__all__ = ["linear_dynamic", "linear_dynamic_float16", "to_float16"]
 
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_zero_point, Tensor? bias"
 # what a door is told to leave its result in real numbers
@@ -118,3 +118,14 @@ def linear_dynamic_float16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
         bias: float32 ``[out]``.
     """
     return F.linear(x.float(), weight.float(), bias)
+
+
+def to_float16(weight: Tensor) -> Tensor:
+    """``weight`` rounded to float16, what is out of its range to its ends.
+
+    Example:
+        >>> to_float16(torch.tensor([0.1, 1e6]))
+        tensor([9.9976e-02, 6.5504e+04], dtype=torch.float16)
+    """
+    most = torch.finfo(torch.float16).max
+    return weight.clamp(-most, most).to(torch.float16)

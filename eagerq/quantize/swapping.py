@@ -13,7 +13,7 @@ from eagerq.intrinsic import _FusedModule
 from eagerq.nn.qat.base import QATMixin
 from eagerq.nn.quantized import FloatFunctional, QFunctional, QuantizedModule
 from eagerq.quantization_mappings import ModuleMap, get_default_qconfig_propagation_list, no_observer_set
-from eagerq.tree import device_of, is_leaf
+from eagerq.tree import device_of, is_leaf, leave_fast_paths
 from eagerq.twins import OBSERVER, Observing, attach_observer, fixed_range_observer, made_from
 
 __all__ = ["attach_observers", "check_root", "check_unprepared", "swap_children"]
@@ -43,6 +43,7 @@ def swap_children(root: nn.Module, swap: Callable[[nn.Module], nn.Module], whole
     visit(root)
     for parent, name, new in plan:
         parent._modules[name] = new
+    leave_fast_paths(root, {parent for parent, _, _ in plan})
 
 
 def attach_observers(

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from eagerq import kernels
 from eagerq.checkpoint import bad_range, bad_scale
-from eagerq.errors import InvalidConfigError, InvalidInputError
+from eagerq.errors import InvalidConfigError, InvalidInputError, UnsupportedError
 from eagerq.fake_quantize import FakeQuantizeBase
 from eagerq.functional import channel_shape, min_max, training_integers
 from eagerq.nn.quantized.state import QuantizedModule, StoredTensors
 from eagerq.observer import ObserverBase
 from eagerq.qtensor import QTensor
-from eagerq.scheme import IntegerType, integer_type, sharing
+from eagerq.scheme import IntegerType, integer_dtype, integer_type, sharing
 
 __all__ = [
     "IntegerWeight",
     "Output",
     "RequantizingModule",
+    "WeightAndBias",
     "WeightedQuantizedModule",
     "expect_quantized",
     "quantize_weight",
@@ -240,7 +241,7 @@ class RequantizingModule(QuantizedModule):
 class IntegerWeight(StoredTensors):
     """Base of those with one table of integers; the methods have the state's names."""
 
-    _STORED = ("weight", "weight_scale", "weight_zero_point", "bias")
+    _STORED: tuple[str, ...] = ("weight", "weight_scale", "weight_zero_point", "bias")
 
     _weight: Tensor
     _weight_scale: Tensor
@@ -254,20 +255,30 @@ class IntegerWeight(StoredTensors):
         return QTensor(self._weight, self._weight_scale, self._weight_zero_point, 0)
 
 
-class WeightedQuantizedModule(IntegerWeight, RequantizingModule):
-    """Base of int8 Linear and Conv: an integer weight, its scales, a float bias.
+class WeightAndBias(IntegerWeight):
+    """Base of those with an integer weight, its scales, and a float bias.
 
-    Besides what :class:`RequantizingModule` saves, the state has ``weight`` (int8), ``weight_scale``
-    (float32 ``[1]`` or ``[out]``), ``weight_zero_point`` (same shape) and ``bias`` (float32, if any).
+    The state has ``weight`` (int8), ``weight_scale`` (float32 ``[1]`` or ``[out]``), ``weight_zero_point``
+    (int32, same shape) and ``bias`` (float32 ``[out]``, if any).
     """
 
-    def _allocate(self, shape: tuple[int, ...], bias: bool, device: Any = None) -> None:
-        self._store(
-            torch.zeros(shape, dtype=torch.int8, device=device),
-            torch.ones(1, dtype=torch.float32, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device),
-            torch.zeros(shape[0], dtype=torch.float32, device=device) if bias else None,
-        )
+    post_op: ClassVar[str | None] = None
+    _FLOAT_MODULE: ClassVar[Any]
+    _DTYPES: ClassVar[tuple[torch.dtype, ...]] = (torch.int8,)
+
+    def _allocate(self, shape: tuple[int, ...], bias: bool, device: Any = None, dtype: Any = torch.int8) -> None:
+        stored = integer_dtype(dtype)
+        if stored not in self._DTYPES:
+            names = " or ".join(map(str, self._DTYPES))
+            raise UnsupportedError(f"weights are stored in {names}, not in {dtype}", module=self)
+        weight = torch.zeros(shape, dtype=stored, device=device)
+        own_bias = torch.zeros(shape[0], dtype=torch.float32, device=device) if bias else None
+        if stored.is_floating_point:
+            self._STORED = ("weight", "bias")
+            self._store(weight, own_bias)
+        else:
+            scale = torch.ones(1, dtype=torch.float32, device=device)
+            self._store(weight, scale, torch.zeros(1, dtype=torch.int32, device=device), own_bias)
 
     def bias(self) -> Tensor | None:
         """The float bias, ``[out]``."""
@@ -288,6 +299,10 @@ class WeightedQuantizedModule(IntegerWeight, RequantizingModule):
     def _arguments(cls, module: Any) -> dict[str, Any]:
         """Constructor arguments that rebuild a float or QAT module's shape."""
         raise NotImplementedError
+
+
+class WeightedQuantizedModule(WeightAndBias, RequantizingModule):
+    """Base of int8 Linear and Conv: their state is that of :class:`WeightAndBias` and :class:`RequantizingModule`."""
 
     @classmethod
     def from_float(

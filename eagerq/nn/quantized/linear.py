@@ -5,17 +5,50 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eagerq import kernels
 from eagerq.errors import InvalidInputError
-from eagerq.nn.quantized.base import WeightedQuantizedModule, expect_quantized
+from eagerq.nn.quantized.base import WeightAndBias, WeightedQuantizedModule, expect_quantized
 from eagerq.qtensor import QTensor
 
-__all__ = ["Linear"]
+__all__ = ["Linear", "LinearShape"]
 
 
-class Linear(WeightedQuantizedModule):
+class LinearShape(WeightAndBias):
+    """The constructor of a Linear, and what depends on its shape."""
+
+    _BIAS: ClassVar[str] = "bias_"  # the constructor's name for it
+
+    def __init__(
+        self, in_features: int, out_features: int, bias_: bool = True, dtype: torch.dtype = torch.int8
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self._allocate((out_features, in_features), bias_, dtype=dtype)
+
+    @classmethod
+    def _arguments(cls, module: Any) -> dict[str, Any]:
+        return {
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            cls._BIAS: module.bias is not None,
+        }
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1:] != (self.in_features,):
+            raise InvalidInputError(
+                f"expected shape […, {self.in_features}], got {tuple(x.shape)}",
+                module=self,
+                remedy="check in_features, or flatten the tensor before",
+            )
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
+
+
+class Linear(LinearShape, WeightedQuantizedModule):
     """``y = x Wᵀ + b`` on integers: QTensor ``[…, in_features]`` to QTensor ``[…, out_features]``.
 
     Args:
@@ -35,31 +68,10 @@ class Linear(WeightedQuantizedModule):
 
     _FLOAT_MODULE: ClassVar[Any] = nn.Linear
 
-    def __init__(
-        self, in_features: int, out_features: int, bias_: bool = True, dtype: torch.dtype = torch.int8
-    ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self._allocate((out_features, in_features), bias_)
-
-    @classmethod
-    def _arguments(cls, module: Any) -> dict[str, Any]:
-        return {
-            "in_features": module.in_features,
-            "out_features": module.out_features,
-            "bias_": module.bias is not None,
-        }
-
     def forward(self, x: QTensor) -> QTensor:
         x = expect_quantized(self, x)
         integers = x.integers
-        if integers.shape[-1:] != (self.in_features,):
-            raise InvalidInputError(
-                f"expected shape […, {self.in_features}], got {tuple(integers.shape)}",
-                module=self,
-                remedy="check in_features, or flatten the tensor before",
-            )
+        self._check_width(integers)
         scale, zero_point, dtype, _, high = self.output
         y = kernels.linear(
             integers,
@@ -81,7 +93,4 @@ class Linear(WeightedQuantizedModule):
         return f"Quantized{type(self).__name__}"
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}, "
-            f"qscheme={self.weight().qscheme()}"
-        )
+        return f"{super().extra_repr()}, qscheme={self.weight().qscheme()}"
