@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.calls import LAYOUTS, Call, laid_out
 from kernels.normalizations import KERNELS, calls, in_float64, run
@@ -80,6 +80,21 @@ def test_parameters_count(name: str) -> None:
         assert_within(found[-1], {**call, without: None}, 1e-3)
     assert_within(found[0], call, 1e-3)
     assert all(bool((one != other).any()) for one in found for other in found if one is not other)
+
+
+@names
+def test_devices(name: str, device: torch.device) -> None:
+    """The same integers everywhere."""
+
+    @settings(max_examples=10)
+    @given(calls(name))
+    def check(call: Call) -> None:
+        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in call.items()}
+        result = run(name, moved)
+        assert result.device.type == device.type
+        assert torch.equal(result.cpu(), KERNELS[name].reference(*call.values()))
+
+    check()
 
 
 @names

@@ -109,3 +109,44 @@ FUSED = [["bn_relu", "relu"], ["bn_relu3d", "relu3d"]]
 
 def images(batch: int = 4) -> Tensor:
     return torch.randn(batch, 6, 8, 8, generator=torch.Generator().manual_seed(batch)) * 3 - 1
+
+
+def twin_tensor(q: QTensor) -> Tensor:
+    """torch's quantized tensor of the same integers, contiguous."""
+    return torch._make_per_tensor_quantized_tensor(q.integers.contiguous(), q.scale, q.zero_point)
+
+
+def prepared(layer: Any, name: str, qconfig: Any = None) -> Any:
+    """A float layer that has seen data."""
+    model = nn.Sequential(layer).eval()
+    model.qconfig = qconfig or eagerq.get_default_qconfig("onednn")
+    model = eagerq.prepare(model)
+    model(some_input(name).dequantize())
+    return model
+
+
+def converted(name: str, **options: Any) -> Any:
+    return eagerq.convert(prepared(float_layer(name, **options), name))[0]
+
+
+def trained_network(ranges: str = "onednn", qat: bool = False) -> Any:
+    """A prepared network that has seen data."""
+    torch.manual_seed(3)
+    net = Network()
+    for module in net.modules():
+        if (
+            isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase))
+            and module.weight is not None
+        ):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    net = eagerq.fuse_modules_qat(net.train(), FUSED)
+    if qat:
+        net.qconfig = eagerq.get_default_qat_qconfig(ranges)
+        net = eagerq.prepare_qat(net)
+    else:
+        net.qconfig = eagerq.get_default_qconfig(ranges)
+        net = eagerq.prepare(net)
+    for batch in (8, 9):
+        net(images(batch))
+    return net.eval()

@@ -14,17 +14,10 @@ from eagerq.nn.quantized.base import Output, RequantizingModule, expect_quantize
 from eagerq.nn.quantized.state import QuantizedModule, StoredTensors
 from eagerq.qtensor import QTensor
 from eagerq.qtensor_activations import softmax
-from eagerq.scheme import integer_type
 
 __all__ = ["ELU", "Hardswish", "LeakyReLU", "PReLU", "ReLU6", "Sigmoid", "Softmax"]
 
 _Self = TypeVar("_Self", bound="_Activation")
-
-
-def _output(scale: Any, zero_point: Any) -> Output:
-    """The parameters of a module built by hand; only signed integers have negative zero points."""
-    kind = integer_type(torch.int8 if int(zero_point) < 0 else torch.uint8)
-    return Output(float(scale), int(zero_point), kind.storage, kind.minimum, kind.maximum)
 
 
 class ReLU6(QuantizedModule, nn.ReLU):
@@ -133,7 +126,7 @@ class Hardswish(_Pointwise, nn.Hardswish):
     _function = "hardswish"
 
     def __init__(self, scale: float, zero_point: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(_output(scale, zero_point))
+        super().__init__(Output.given(scale, zero_point))
 
 
 class ELU(_ParametersUnknownToOldFiles, _Pointwise, nn.ELU):
@@ -151,7 +144,7 @@ class ELU(_ParametersUnknownToOldFiles, _Pointwise, nn.ELU):
     _function = "elu"
 
     def __init__(self, scale: float, zero_point: int, alpha: float = 1.0) -> None:
-        super().__init__(_output(scale, zero_point))
+        super().__init__(Output.given(scale, zero_point))
         self.alpha = alpha
 
     def _numbers(self) -> list[float]:
@@ -187,7 +180,7 @@ class LeakyReLU(_Pointwise, nn.LeakyReLU):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(_output(scale, zero_point))
+        super().__init__(Output.given(scale, zero_point))
         self.negative_slope = negative_slope
         self.inplace = inplace
 
@@ -215,7 +208,7 @@ class Sigmoid(_ParametersUnknownToOldFiles, _Pointwise, nn.Sigmoid):
     _function = "sigmoid"
 
     def __init__(self, output_scale: float, output_zero_point: int) -> None:
-        super().__init__(_output(output_scale, output_zero_point))
+        super().__init__(Output.given(output_scale, output_zero_point))
 
     @property
     def output_scale(self) -> float:
@@ -244,7 +237,7 @@ class Softmax(_ParametersUnknownToOldFiles, nn.Softmax):
     _FLOAT_MODULE = nn.Softmax
 
     def __init__(self, dim: int | None = None, scale: float = 1.0, zero_point: int = 0) -> None:
-        super().__init__(_output(scale, zero_point))
+        super().__init__(Output.given(scale, zero_point))
         self.dim = dim
 
     def forward(self, input: Tensor) -> QTensor:
@@ -289,7 +282,7 @@ class PReLU(StoredTensors, _Activation):
     _weight_zero_point: Tensor
 
     def __init__(self, output_scale: float, output_zero_point: int, num_parameters: int = 1) -> None:
-        super().__init__(_output(output_scale, output_zero_point))
+        super().__init__(Output.given(output_scale, output_zero_point))
         self.num_parameters = num_parameters
         weight = torch.zeros(num_parameters, dtype=torch.uint8)
         self._store(weight, torch.ones(1), torch.zeros(1, dtype=torch.int32))

@@ -42,6 +42,12 @@ class Output(NamedTuple):
     high: int = 255
 
     @staticmethod
+    def given(scale: Any, zero_point: Any) -> Output:
+        """Of a module built by hand; only signed integers have negative zero points."""
+        kind = integer_type(torch.int8 if int(zero_point) < 0 else torch.uint8)
+        return Output(float(scale), int(zero_point), kind.storage, kind.minimum, kind.maximum)
+
+    @staticmethod
     def of(module: nn.Module, as_trained: bool) -> Output:
         """The output of a prepared module, as its ``activation_post_process`` learned it.
 

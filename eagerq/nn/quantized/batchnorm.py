@@ -158,7 +158,7 @@ class _InstanceNorm(_WithStatistics):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(Output(float(scale), int(zero_point)))
+        super().__init__(Output.given(scale, zero_point))
         self._configure(num_features, eps, momentum, affine, track_running_stats)
         mean, var, count = torch.zeros(num_features), torch.ones(num_features), torch.tensor(0)
         statistics = (mean, var, count) if track_running_stats else (None, None, None)

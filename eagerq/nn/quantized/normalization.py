@@ -146,7 +146,7 @@ class LayerNorm(Normalization):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(Output(float(scale), int(zero_point)))
+        super().__init__(Output.given(scale, zero_point))
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
         self.normalized_shape = tuple(shape)
         self.eps = eps
@@ -204,7 +204,7 @@ class GroupNorm(Normalization):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(Output(float(scale), int(zero_point)))
+        super().__init__(Output.given(scale, zero_point))
         if num_groups < 1 or num_channels % num_groups:
             raise InvalidArgumentError(
                 f"{num_channels} channels do not make {num_groups} equal groups",
