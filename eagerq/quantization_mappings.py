@@ -125,6 +125,11 @@ ROWS: tuple[Row, ...] = (
     Row((nn.LeakyReLU,), quantized=quantized.LeakyReLU),
     Row((nn.PReLU,), quantized=quantized.PReLU),
     Row((nn.ReLU6,), quantized=quantized.ReLU6),
+    Row((nn.LSTM,), dynamic=dynamic.LSTM),
+    Row((nn.GRU,), dynamic=dynamic.GRU),
+    Row((nn.LSTMCell,), dynamic=dynamic.LSTMCell),
+    Row((nn.GRUCell,), dynamic=dynamic.GRUCell),
+    Row((nn.RNNCell,), dynamic=dynamic.RNNCell),
 )
 
 
@@ -149,10 +154,7 @@ DEFAULT_STATIC_QUANT_MODULE_MAPPINGS = _static_map(ROWS)
 DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS = _dynamic_map(ROWS)
 
 # Layers whose outputs are observed although they have no int8 form here: checkpoints have the observers.
-_OBSERVED_ONLY: tuple[type[nn.Module], ...] = (
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.GRUCell, nn.LSTMCell, nn.RNNCell, nn.LSTM, nn.GRU),
-)
+_OBSERVED_ONLY: tuple[type[nn.Module], ...] = (*(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),)
 
 
 def get_default_qat_module_mappings() -> ModuleMap:

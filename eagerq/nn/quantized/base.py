@@ -14,7 +14,7 @@ from eagerq.checkpoint import bad_range, bad_scale
 from eagerq.errors import InvalidConfigError, InvalidInputError, UnsupportedError
 from eagerq.fake_quantize import FakeQuantizeBase
 from eagerq.functional import channel_shape, min_max, training_integers
-from eagerq.nn.quantized.state import QuantizedModule, StoredTensors
+from eagerq.nn.quantized.state import QuantizedModule, StoredTensors, qtensor_parts, stored_qtensor
 from eagerq.observer import ObserverBase
 from eagerq.qtensor import QTensor
 from eagerq.scheme import IntegerType, integer_dtype, integer_type, sharing
@@ -256,9 +256,7 @@ class IntegerWeight(StoredTensors):
 
     def weight(self) -> QTensor:
         """The integer weight with its parameters."""
-        if self._weight_scale.numel() == 1 != self._weight.shape[0]:
-            return QTensor(self._weight, float(self._weight_scale), int(self._weight_zero_point))
-        return QTensor(self._weight, self._weight_scale, self._weight_zero_point, 0)
+        return stored_qtensor(self._weight, self._weight_scale, self._weight_zero_point)
 
 
 class WeightAndBias(IntegerWeight):
@@ -295,10 +293,7 @@ class WeightAndBias(IntegerWeight):
 
     def set_weight_bias(self, w: QTensor, b: Tensor | None) -> None:
         """Adopt a quantized weight and a float bias (or None)."""
-        self._weight = w.integers
-        scale, zero_point = w.scale, w.zero_point
-        self._weight_scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1).to(w.integers.device)
-        self._weight_zero_point = torch.as_tensor(zero_point).to(w.integers.device, torch.int32).reshape(-1)
+        self._weight, self._weight_scale, self._weight_zero_point = qtensor_parts(w)
         self._bias = None if b is None else b.detach().float()
 
     @classmethod

@@ -5,14 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from eagerq.checkpoint import UpgradingModule, bad_qparams, misfit, restate
+from eagerq.qtensor import QTensor
 from eagerq.scheme import integer_type
 
-__all__ = ["QuantizedModule", "StoredTensors"]
+__all__ = ["QuantizedModule", "StoredTensors", "qtensor_parts", "stored_qtensor"]
 
 _Stored = TypeVar("_Stored", bound="StoredTensors")
+
+
+def qtensor_parts(w: QTensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight as it is stored: integers, scales (float32) and zero points (int32), ``[1]`` or ``[channels]``."""
+    device = w.integers.device
+    scale = torch.as_tensor(w.scale, dtype=torch.float32).reshape(-1).to(device)
+    return w.integers, scale, torch.as_tensor(w.zero_point).to(device, torch.int32).reshape(-1)
+
+
+def stored_qtensor(integers: Tensor, scale: Tensor, zero_point: Tensor) -> QTensor:
+    """The weight that :func:`qtensor_parts` took apart."""
+    if scale.numel() == 1 != integers.shape[0]:
+        return QTensor(integers, float(scale), int(zero_point))
+    return QTensor(integers, scale, zero_point, 0)
 
 
 class QuantizedModule(UpgradingModule):
