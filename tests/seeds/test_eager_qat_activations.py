@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds.common import ENGINES, compiles_and_exports
 from torch import Tensor, nn
 
 import eagerq
@@ -52,13 +53,6 @@ class WithDropout(nn.Module):
 
 def data() -> Tensor:
     return torch.randn(1, 3, 2, 4)
-
-
-def compiles_and_exports(model: nn.Module, x: Tensor) -> None:
-    wanted = model(x)
-    torch._dynamo.reset()
-    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), wanted)
-    assert torch.equal(torch.export.export(model, (x,)).module()(x), wanted)
 
 
 def without_observer(model: Any, names: tuple[str, ...]) -> bool:
@@ -116,7 +110,7 @@ def test_relu() -> None:
     assert type(model.relu) is nn.ReLU
 
 
-@pytest.mark.parametrize("engine", ["onednn", "x86", "fbgemm", "qnnpack"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("in_one_go", [False, True])
 def test_dropout(engine: str, in_one_go: bool) -> None:
     batches = [torch.rand(20, 5) for _ in range(2)]

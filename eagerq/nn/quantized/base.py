@@ -313,7 +313,8 @@ class WeightedQuantizedModule(WeightAndBias, RequantizingModule):
 
         Args:
             mod: a QAT module, or an observed float one, with ``activation_post_process``.
-            use_precomputed_fake_quant: keep the weight range seen so far, without another look.
+            use_precomputed_fake_quant: keep the weight range seen so far (by ``weight_fake_quant``, or by
+                the ``weight_post_process`` of a float module), without another look.
             as_trained: keep the scales and ranges of training (see :func:`eagerq.convert`).
 
         Raises:
@@ -322,13 +323,14 @@ class WeightedQuantizedModule(WeightAndBias, RequantizingModule):
         output = Output.of(mod, as_trained)
         trained = hasattr(mod, "weight_fake_quant")
         source: Any = mod[0] if isinstance(mod, nn.Sequential) else mod
-        if trained:
-            observer = mod.weight_fake_quant
-        else:
+        # of a float module, an algorithm that chose the weight's range may have left it in weight_post_process
+        observer: Any = getattr(source, "weight_fake_quant", getattr(source, "weight_post_process", None))
+        refresh = not (observer is not None and use_precomputed_fake_quant)
+        if not trained:
             cls._check_float(mod)
-            observer = mod.qconfig.weight().to(source.weight.device)  # type: ignore[union-attr, operator]
+            if refresh:
+                observer = mod.qconfig.weight().to(source.weight.device)  # type: ignore[union-attr, operator]
         weight, bias = source.folded(as_trained) if trained else (source.weight, source.bias)
-        refresh = not (trained and use_precomputed_fake_quant)
         new = cls(**cls._arguments(source))
         qweight = quantize_weight(mod, weight.detach(), observer, as_trained, refresh)
         new.set_weight_bias(qweight, bias)
