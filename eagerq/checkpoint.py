@@ -185,7 +185,8 @@ def misfit(key: str, value: Any, own: Tensor, resizable: bool = False) -> str | 
     if own.is_floating_point() != value.is_floating_point():
         return f"{key} is of {value.dtype}, the model's of {own.dtype}"
     # integers of another width may hold the same values (torch.ao keeps zero points as int64, batch norm's as int32)
-    if value.dtype in (torch.int32, torch.int64) or own.numel() == 0:
+    wide = (torch.int32, torch.int64) if key.endswith("zero_point") else (torch.int64,)
+    if value.dtype in wide or own.numel() == 0:
         kind = integer_type(own.dtype) if own.dtype not in (torch.int64, torch.bool) else None
         if kind is None or bool(((value >= kind.minimum) & (value <= kind.maximum)).all()):
             return None
