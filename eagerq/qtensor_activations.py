@@ -23,7 +23,7 @@ __all__ = ["pointwise", "softmax"]
 def pointwise(
     x: QTensor, function: str, arguments: tuple[float, ...] = (), scale: Any = None, zero_point: Any = None
 ) -> QTensor:
-    """A function of :data:`eagerq.kernels.pointwise.FUNCTIONS` of each value.
+    """A function of :data:`eagerq.kernels.activation.FUNCTIONS` of each value.
 
     Args:
         x: QTensor with one scale and zero point.

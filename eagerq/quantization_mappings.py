@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import nn
 
 from eagerq import intrinsic
@@ -14,12 +15,13 @@ from eagerq.intrinsic import quantized as intrinsic_quantized
 from eagerq.intrinsic.quantized import dynamic as intrinsic_dynamic
 from eagerq.nn import qat, quantizable, quantized
 from eagerq.nn.qat import dynamic as qat_dynamic
-from eagerq.nn.quantized import dynamic
+from eagerq.nn.quantized import dynamic, functional, normalization
 from eagerq.stubs import DeQuantStub, QuantStub
 from eagerq.twins import DEFAULT_MODULE_TO_ACT_POST_PROCESS
 
 __all__ = [
     "DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS",
+    "DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS",
     "DEFAULT_MODULE_TO_ACT_POST_PROCESS",
     "DEFAULT_QAT_MODULE_MAPPINGS",
     "DEFAULT_STATIC_QUANT_MODULE_MAPPINGS",
@@ -28,12 +30,14 @@ __all__ = [
     "get_combined_dict",
     "get_default_compare_output_module_list",
     "get_default_dynamic_quant_module_mappings",
+    "get_default_float_to_quantized_operator_mappings",
     "get_default_qat_module_mappings",
     "get_default_qconfig_propagation_list",
     "get_default_static_quant_module_mappings",
     "get_dynamic_quant_module_class",
     "get_embedding_qat_module_mappings",
     "get_embedding_static_quant_module_mappings",
+    "get_quantized_operator",
     "get_static_quant_module_class",
     "no_observer_set",
 ]
@@ -153,6 +157,16 @@ DEFAULT_QAT_MODULE_MAPPINGS = _qat_map(tuple(row for row in ROWS if row.trained_
 DEFAULT_STATIC_QUANT_MODULE_MAPPINGS = _static_map(ROWS)
 DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS = _dynamic_map(ROWS)
 
+# Float function to the one of quantized tensors, which also takes the parameters of its result.
+DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS: dict[Callable[..., Any] | str, Callable[..., Any]] = {
+    F.dropout: functional.dropout,
+    F.elu: functional.elu,
+    F.hardswish: functional.hardswish,
+    F.instance_norm: normalization.instance_norm,
+    F.layer_norm: normalization.layer_norm,
+    F.leaky_relu: functional.leaky_relu,
+}
+
 # Layers whose outputs are observed although they have no int8 form here: checkpoints have the observers.
 _OBSERVED_ONLY: tuple[type[nn.Module], ...] = (*(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),)
 
@@ -216,6 +230,30 @@ def get_dynamic_quant_module_class(
     """
     mapping = get_combined_dict(DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS, additional_dynamic_quant_mapping or {})
     return _swapped_class(float_module_class, mapping, "additional_dynamic_quant_mapping")
+
+
+def get_default_float_to_quantized_operator_mappings() -> dict[Callable[..., Any] | str, Callable[..., Any]]:
+    """Float function to the function of quantized tensors that does the same; a copy."""
+    return dict(DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS)
+
+
+def get_quantized_operator(float_op: Callable[..., Any] | str) -> Callable[..., Any]:
+    """The function of quantized tensors that stands for a float one.
+
+    Raises:
+        InvalidConfigError: when there is none.
+
+    Example:
+        >>> get_quantized_operator(F.hardswish).__module__
+        'eagerq.nn.quantized.functional.activations'
+    """
+    found = DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS.get(float_op)
+    if found is None:
+        raise InvalidConfigError(
+            f"Operator {float_op} does not have corresponding quantized op",
+            remedy="use a FloatFunctional for sums and products, or a DeQuantStub before it",
+        )
+    return found
 
 
 def get_default_qconfig_propagation_list() -> set[Callable[..., Any]]:

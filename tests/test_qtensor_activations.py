@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from eagerq import QTensor, kernels, quantize_per_channel, quantize_per_tensor
 from eagerq.errors import InvalidInputError
-from eagerq.kernels.pointwise import FUNCTIONS
+from eagerq.kernels.activation import FUNCTIONS
 
 # what torch's functions do with torch's quantized tensors too
 FUNCTIONS_OF_BOTH: dict[str, Callable[[Any], Any]] = {

@@ -1,5 +1,6 @@
 """int8 modules."""
 
+from eagerq.nn.quantized import functional
 from eagerq.nn.quantized.activation import ELU, Hardswish, LeakyReLU, PReLU, ReLU6, Sigmoid, Softmax
 from eagerq.nn.quantized.attention import MultiheadAttention
 from eagerq.nn.quantized.base import WeightedQuantizedModule
@@ -21,6 +22,8 @@ from eagerq.nn.quantized.quantize import DeQuantize, Quantize
 from eagerq.nn.quantized.state import QuantizedModule
 
 __all__ = [
+    # functions of quantized tensors
+    "functional",
     # base classes
     "QuantizedModule",
     "WeightedQuantizedModule",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eagerq.functional import channel_shape
 from eagerq.kernels.dispatch import Kernel
-from eagerq.kernels.reference import reciprocal, requantized, scaled
+from eagerq.kernels.reference import reciprocal, requantized, scaled, single
 
 __all__ = ["FUNCTIONS", "pointwise", "prelu"]
 
@@ -23,7 +23,7 @@ _OUTPUT = "float scale, int zero_point, ScalarType dtype, int low, int high"
 
 
 def _elu(x: Tensor, alpha: float, input_scale: float) -> Tensor:
-    return torch.where(x > 0, x, ((x * input_scale).exp() - 1) * alpha)
+    return torch.where(x > 0, x, torch.expm1(x * input_scale) * alpha)
 
 
 def _hardsigmoid(x: Tensor) -> Tensor:
@@ -57,6 +57,9 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "threshold": _threshold,
 }
 
+# those that torch has always divided by the scale as a Python number, not as a float32
+_INVERTED_IN_DOUBLE = ("hardswish", "sigmoid")
+
 
 def _formula(
     x: Tensor,
@@ -71,7 +74,8 @@ def _formula(
     high: int,
 ) -> Tensor:
     real = FUNCTIONS[function](scaled(x, x_scale, x_zero_point), *arguments)
-    return requantized(real, reciprocal(scale), zero_point, dtype, low, high)
+    inverse = single(1.0 / scale) if function in _INVERTED_IN_DOUBLE else reciprocal(scale)
+    return requantized(real, inverse, zero_point, dtype, low, high)
 
 
 @lru_cache(maxsize=512)
