@@ -44,7 +44,12 @@ def unchanged_on_error(root: nn.Module) -> Iterator[None]:
 
 
 def copy_hooks(
-    source: nn.Module, target: nn.Module, *, pre: bool = True, post: bool = True, leave: type | None = None
+    source: nn.Module,
+    target: nn.Module,
+    *,
+    pre: bool = True,
+    post: bool = True,
+    leave: type | tuple[type, ...] | None = None,
 ) -> None:
     """Give ``target`` the forward hooks of ``source``, in order, except instances of ``leave``."""
     pairs = (("_forward_pre_hooks", pre), ("_forward_hooks", post))

@@ -1,4 +1,4 @@
-"""What is done to one module at a time: its output is observed, it is swapped for its twin."""
+"""What is done to one module at a time: its output (or input) is observed, it is swapped for its twin."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from eagerq.fake_quantize import (
 )
 from eagerq.nn.quantized.functional_modules import FloatFunctional
 from eagerq.observer import ObserverBase
+from eagerq.qconfig import activation_is_memoryless
 from eagerq.stubs import DeQuantStub
 from eagerq.tree import copy_hooks, device_of
 
 __all__ = [
     "DEFAULT_MODULE_TO_ACT_POST_PROCESS",
     "OBSERVER",
+    "InputObserverHook",
     "ObserverHook",
     "Observing",
     "attach_observer",
@@ -54,6 +56,16 @@ class ObserverHook:
         return observed
 
 
+class InputObserverHook:
+    """Forward pre-hook that shows a module's input to its ``activation_post_process``."""
+
+    def __call__(self, module: Any, args: Any) -> Any:
+        return (module.activation_post_process(args[0]), *args[1:])
+
+
+_HOOKS = (ObserverHook, InputObserverHook)
+
+
 def fixed_range_observer(module: nn.Module) -> Callable[..., nn.Module] | None:
     """What makes the observer of a module in training whose range is known, or None."""
     return DEFAULT_MODULE_TO_ACT_POST_PROCESS.get(type_before_parametrizations(module)) if module.training else None
@@ -61,6 +73,8 @@ def fixed_range_observer(module: nn.Module) -> Callable[..., nn.Module] | None:
 
 def attach_observer(module: nn.Module, device: torch.device | None = None) -> None:
     """Observe a module's output, if it has a qconfig: as that says, but for ranges that are known.
+
+    An observer without a memory is of a layer that will quantize its input as it comes: it sees that.
 
     Args:
         device: where the observer goes when the module itself has no tensors.
@@ -71,7 +85,11 @@ def attach_observer(module: nn.Module, device: torch.device | None = None) -> No
     observer = (fixed_range_observer(module) or config.activation)()
     where = device_of(module) or device
     module.add_module(OBSERVER, observer.to(where) if where is not None else observer)
-    if not isinstance(module, FloatFunctional):
+    if isinstance(module, FloatFunctional):
+        return
+    if activation_is_memoryless(config):
+        module.register_forward_pre_hook(InputObserverHook(), prepend=True)
+    else:
         module.register_forward_hook(ObserverHook(), prepend=True)
 
 
@@ -81,16 +99,17 @@ def remove_observers(root: nn.Module) -> None:
         module.__dict__.pop("qconfig", None)
         if isinstance(module._modules.get(OBSERVER), Observing):
             del module._modules[OBSERVER]
-        for number, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, ObserverHook):
-                del module._forward_hooks[number]
+        for table in (module._forward_hooks, module._forward_pre_hooks):
+            for number, hook in list(table.items()):
+                if isinstance(hook, _HOOKS):
+                    del table[number]
 
 
 def made_from(make: Callable[..., nn.Module], mod: nn.Module, **options: Any) -> nn.Module:
     """``make(mod)`` with the options that it knows, and with hooks, device and mode of ``mod``."""
     accepted = inspect.signature(make).parameters
     new = make(mod, **{name: value for name, value in options.items() if name in accepted})
-    copy_hooks(mod, new, leave=ObserverHook)
+    copy_hooks(mod, new, leave=_HOOKS)
     device = device_of(mod)
     if device is not None:
         new.to(device)

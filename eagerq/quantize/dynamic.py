@@ -96,7 +96,7 @@ def _check_swaps(model: nn.Module, spec: Spec, mapping: ModuleMap) -> None:
     idle = []
     for name, module in model.named_modules():
         kind = type_before_parametrizations(module)
-        asked_for = spec.get(name, spec.get(kind)) is not None
+        asked_for = spec.get(name, spec.get(kind)) is not None and module.qconfig is not None
         if asked_for and not swapped.intersection(module.modules()):
             idle.append(f"{name!r} ({kind.__name__})")
     if idle:
