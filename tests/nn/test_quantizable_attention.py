@@ -150,7 +150,7 @@ def test_integers_are_those_of_torch_ao(
     given_masks = masks(kind, mha.num_heads, *size)
     if kind == "float":
         del given_masks["is_causal"]  # which theirs refuses
-    theirs, ours = prepared_pair(ao, mha)
+    theirs, ours = prepared_pair(ao, mha, minmax=True)
     for model in (theirs, ours):
         torch.manual_seed(1)
         for _ in range(2):
@@ -240,6 +240,29 @@ def test_projections_that_old_files_keep_are_passed_over() -> None:
     model.load_state_dict(state)
     with pytest.raises(eagerq.CheckpointError, match="bias_k"):
         model.load_state_dict({name: value for name, value in state.items() if name != "inner.bias_k"})
+
+
+def test_files_of_torch_ao(ao: Any) -> None:
+    mha = make({"embed_dim": 8, "num_heads": 2, "kdim": 6})
+    theirs, _ = prepared_pair(ao, mha, minmax=True)
+    given_inputs = inputs(mha, 4, 3, 2)
+    theirs(*given_inputs)
+    theirs = ao.quantization.convert(theirs)
+    assert "inner.q_proj_weight" in theirs.state_dict()  # of no use: passed over
+    _, ours = converted({"embed_dim": 8, "num_heads": 2, "kdim": 6})
+    ours.load_state_dict(theirs.state_dict())
+    equal(ours(*given_inputs), theirs(*given_inputs))
+
+
+def test_a_transformer_layer_observes_its_attention() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    layer.qconfig = PTQ
+    prepared = eagerq.prepare(layer)
+    assert type(prepared.self_attn) is quantizable.MultiheadAttention
+    x, hidden = torch.randn(3, 5, 8), torch.tensor([[False] * 4 + [True]]).repeat(3, 1)
+    with torch.no_grad():
+        close(prepared(x, src_key_padding_mask=hidden)[:, :4], layer(x, src_key_padding_mask=hidden)[:, :4])
+    assert prepared.self_attn.linear_K.activation_post_process.calculate_qparams()[0] != 1
 
 
 @pytest.mark.parametrize("options", [FULL, {"embed_dim": 8, "num_heads": 2, "bias": False}])

@@ -16,12 +16,13 @@ class Between(nn.Module):
 
     def __init__(self, inner: nn.Module, package: Any) -> None:
         super().__init__()
-        self.quants = nn.ModuleList(package.QuantStub() for _ in range(3))
-        self.inner, self.dequant = inner, package.DeQuantStub()
+        self.quant, self.inner, self.dequant = package.QuantStub(), inner, package.DeQuantStub()
 
-    def forward(self, *inputs: Tensor, **options: Any) -> Any:
-        pairs = zip(self.quants, inputs, strict=False)
-        return self._real(self.inner(*(quant(x) for quant, x in pairs), **options))
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self._real(self.inner(*map(self._quantized, inputs), **options))
+
+    def _quantized(self, x: Any) -> Any:
+        return tuple(map(self.quant, x)) if isinstance(x, tuple) else self.quant(x)
 
     def _real(self, result: Any) -> Any:
         if isinstance(result, tuple):
@@ -47,13 +48,21 @@ def equal(got: Any, wanted: Any) -> None:
         assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} differ"
 
 
-def prepared_pair(ao: Any, inner: nn.Module, training: bool = False) -> tuple[nn.Module, nn.Module]:
-    """The same float module prepared by torch.ao and by eagerq, for training or for calibration."""
+def prepared_pair(
+    ao: Any, inner: nn.Module, training: bool = False, minmax: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    """The same float module prepared by torch.ao and by eagerq, for training or for calibration.
+
+    Args:
+        minmax: calibrate by least and greatest value rather than by histograms, which are slow.
+    """
     models = []
     for package in (ao.quantization, eagerq):
         model = Between(copy.deepcopy(inner), package).train(training)
         kind = "get_default_qat_qconfig" if training else "get_default_qconfig"
         model.qconfig = getattr(package, kind)("onednn")
+        if minmax and not training:
+            model.qconfig = package.QConfig(package.MinMaxObserver, package.default_per_channel_weight_observer)
         models.append((package.prepare_qat if training else package.prepare)(model))
     return models[0], models[1]
 
