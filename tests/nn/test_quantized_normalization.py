@@ -98,6 +98,31 @@ def test_integers_are_torchs(ao: Oracle, name: str) -> None:
     check()
 
 
+# with these seeds, rounding a product before the sum, a square before the difference, or a root otherwise shows
+@pytest.mark.parametrize("seed", [1, 4, 5, 6])
+def test_last_bits(ao: Oracle, seed: int) -> None:
+    """A million values each, some of which lie closer to a tie than a float32 rounding is wide."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (1000, 1000), dtype=torch.uint8, generator=generator)
+    weight, bias, mean = (torch.randn(1000, generator=generator) for _ in range(3))
+    var = torch.rand(1000, generator=generator) * 4 + 0.01
+    call: Call = {"x": x, "x_scale": 0.03, "x_zero_point": 120, "weight": weight, "bias": bias, "eps": 1e-5}
+    call |= {"scale": 0.015, "zero_point": 120}
+    images = x.reshape(10, 1000, 10, 10)
+    for name, more in (
+        ("LayerNorm", {"normalized_shape": [1000]}),
+        ("GroupNorm", {"num_groups": 100, "x": x.reshape(1, 1000, 1000)}),
+        ("InstanceNorm1d", {"x": x.reshape(1, 1000, 1000)}),
+        ("BatchNorm2d", {"x": images, "mean": mean, "var": var}),
+        ("BNReLU2d", {"x": images, "mean": mean, "var": var}),
+    ):
+        whole = {**call, **more}
+        y = build(int8_class(name), name, whole)(QTensor(whole["x"], 0.03, 120))
+        theirs = build(int8_class(name, ao.quantized, ao.intrinsic_quantized), name, whole)
+        wanted = theirs(torch._make_per_tensor_quantized_tensor(whole["x"], 0.03, 120))
+        assert torch.equal(y.int_repr(), wanted.int_repr()), name
+
+
 def assert_close(y: QTensor, real: Tensor) -> None:
     """The nearest integers to real numbers, but for ties."""
     low, high = ((end - y.q_zero_point()) * y.q_scale() for end in (0, 255))
