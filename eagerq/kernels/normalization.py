@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from eagerq.functional import channel_shape
 from eagerq.kernels import onednn
 from eagerq.kernels.dispatch import Kernel
-from eagerq.kernels.reference import channels_last, reciprocal, requantized, single
+from eagerq.kernels.reference import MEMORY_FORMATS, channels_last, reciprocal, requantized, single
 
 __all__ = ["batch_norm", "group_norm", "layer_norm"]
 
@@ -24,6 +26,23 @@ _OUTPUT = "float scale, int zero_point, ScalarType dtype, int low, int high"
 # A variance taken as mean of squares less square of mean keeps few digits of float32 where the mean is this much
 # larger; past it torch.ao is off by up to 60 steps, and float64 is used here.
 _CANCELLED = 2.0**14
+
+
+_BLOCK = 2**18  # values
+
+
+def _in_blocks(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Go through the first axis a block at a time, so that what lies between the steps stays in the cache."""
+
+    @wraps(function)
+    def run(x: Tensor, *arguments: Any) -> Tensor:
+        step = max(1, _BLOCK // max(1, x[:1].numel()))
+        formats = {torch.contiguous_format, MEMORY_FORMATS.get(x.dim(), torch.contiguous_format)}
+        if len(x) <= step or not any(x.is_contiguous(memory_format=one) for one in formats):
+            return function(x, *arguments)
+        return torch.cat([function(part, *arguments) for part in x.split(step)])
+
+    return run
 
 
 def _fused(a: Tensor, b: Tensor | None, c: Tensor | None) -> Tensor:
@@ -61,6 +80,18 @@ def _parameters(
     return mean.sub_(x_zero_point), (x_scale / deviation).float()
 
 
+@_in_blocks
+def _lines(
+    x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor | None, bias: Tensor | None, eps: float, *output: Any
+) -> Tensor:
+    """Layer norm over all axes but the first."""
+    count = x.shape[1:].numel()
+    mean, factor = _parameters(*_sums(x, list(range(1, x.dim()))), count, x_scale, x_zero_point, eps)
+    y = x.to(torch.float32).sub_(x_zero_point).sub_(mean).mul_(factor)
+    scale, *rest = output
+    return requantized(_fused(y, weight, bias), reciprocal(scale), *rest)
+
+
 def _layer_norm(
     x: Tensor,
     x_scale: float,
@@ -75,20 +106,20 @@ def _layer_norm(
     low: int,
     high: int,
 ) -> Tensor:
-    """Layer norm of integers over their last axes, requantized; the result lies in memory as ``x`` does.
+    """Layer norm of integers over their last axes, requantized; the result is contiguous.
 
     Args:
         x: integers ``[…, *normalized_shape]``.
         weight, bias: float, ``normalized_shape``, or None.
         eps: added to the variance.
     """
-    axes = list(range(-len(normalized_shape), 0))
-    count = torch.Size(normalized_shape).numel()
-    mean, factor = _parameters(*_sums(x, axes), count, x_scale, x_zero_point, eps)
-    y = x.to(torch.float32).sub_(x_zero_point).sub_(mean).mul_(factor)
-    return requantized(_fused(y, weight, bias), reciprocal(scale), zero_point, dtype, low, high)
+    outer = x.shape[: x.dim() - len(normalized_shape)].numel()
+    lines = x.reshape(outer, *normalized_shape).contiguous()
+    y = _lines(lines, x_scale, x_zero_point, weight, bias, eps, scale, zero_point, dtype, low, high)
+    return y.reshape(x.shape)
 
 
+@_in_blocks
 def _group_norm(
     x: Tensor,
     x_scale: float,
@@ -176,7 +207,7 @@ def _fake_layer_norm(
     low: int,
     high: int,
 ) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def _fake_group_norm(

@@ -13,6 +13,7 @@ from kernels.normalizations import KERNELS, calls, in_float64, run
 from torch import Tensor
 
 from eagerq import kernels
+from eagerq.kernels import normalization
 
 names = pytest.mark.parametrize("name", list(KERNELS))
 
@@ -107,12 +108,31 @@ def test_layouts(name: str) -> None:
 
 
 def test_result_lies_as_the_input_does() -> None:
+    """A layer norm's is contiguous, as its groups are."""
     x = torch.randint(0, 256, (2, 4, 3, 5), dtype=torch.uint8)
-    for given_x in (x, x.contiguous(memory_format=torch.channels_last)):
-        y = kernels.group_norm(given_x, 0.1, 3, 2, None, None, 1e-5, 0.1, 3, torch.uint8, 0, 255)
+    last = x.contiguous(memory_format=torch.channels_last)
+    for given_x in (x, last, x.transpose(0, 3)):
+        y = kernels.group_norm(given_x, 0.1, 3, given_x.shape[1], None, None, 1e-5, 0.1, 3, torch.uint8, 0, 255)
         assert y.stride() == given_x.stride()
-        y = kernels.layer_norm(given_x, 0.1, 3, [5], None, None, 1e-5, 0.1, 3, torch.uint8, 0, 255)
-        assert y.stride() == given_x.stride()
+        y = kernels.layer_norm(given_x, 0.1, 3, given_x.shape[-1:], None, None, 1e-5, 0.1, 3, torch.uint8, 0, 255)
+        assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "group_norm"])
+def test_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few images or lines at a time are the same as all at once."""
+
+    @given(calls(name), LAYOUTS)
+    def check(call: Call, layout: str) -> None:
+        call = {**call, "x": laid_out(call["x"], layout)}
+        whole = run(name, call)
+        with monkeypatch.context() as patch:
+            patch.setattr(normalization, "_BLOCK", 50)
+            parts = run(name, call)
+        assert torch.equal(parts, whole)
+        assert parts.stride() == whole.stride()
+
+    check()
 
 
 @pytest.mark.parametrize("space", [(7,), (3, 5), (2, 3, 2)])
@@ -131,6 +151,17 @@ def test_fast_batch_norm_is_the_reference(channels: int, space: tuple[int, ...])
                 fast, slow = kernels.batch_norm(*arguments), kernels.batch_norm.reference(*arguments)
                 assert torch.equal(fast, slow)
                 assert fast.stride() == slow.stride()
+
+
+@pytest.mark.parametrize("seed", [4, 5])
+def test_fast_batch_norm_is_the_reference_in_the_last_bit(seed: int) -> None:
+    """With these seeds a square root that is off in its last bit shows."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (1000, 1000), dtype=torch.uint8, generator=generator).reshape(10, 1000, 10, 10)
+    weight, bias, mean = (torch.randn(1000, generator=generator) for _ in range(3))
+    var = torch.rand(1000, generator=generator) * 4 + 0.01
+    arguments = (x, 0.03, 120, weight, bias, mean, var, 1e-5, 0.015, 120, torch.uint8, 0, 255)
+    assert torch.equal(kernels.batch_norm(*arguments), kernels.batch_norm.reference(*arguments))
 
 
 @names

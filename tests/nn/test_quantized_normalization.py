@@ -112,6 +112,7 @@ def test_last_bits(ao: Oracle, seed: int) -> None:
     for name, more in (
         ("LayerNorm", {"normalized_shape": [1000]}),
         ("GroupNorm", {"num_groups": 100, "x": x.reshape(1, 1000, 1000)}),
+        ("GroupNorm", {"num_groups": 2, "x": x.reshape(1, 1000, 1000)}),  # whose sums are not float32's
         ("InstanceNorm1d", {"x": x.reshape(1, 1000, 1000)}),
         ("BatchNorm2d", {"x": images, "mean": mean, "var": var}),
         ("BNReLU2d", {"x": images, "mean": mean, "var": var}),
