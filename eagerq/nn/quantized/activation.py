@@ -118,8 +118,8 @@ class Hardswish(_Pointwise, nn.Hardswish):
     Example:
         >>> import eagerq
         >>> q = eagerq.quantize_per_tensor(torch.tensor([-4.0, 1.5, 4.0]), 0.1, 50, torch.uint8)
-        >>> Hardswish(0.125, 10)(q).dequantize()
-        tensor([-0.0000,  1.1250,  4.0000])
+        >>> Hardswish(0.125, 10)(q).int_repr()
+        tensor([10, 19, 42], dtype=torch.uint8)
     """
 
     _FLOAT_MODULE = nn.Hardswish
