@@ -20,6 +20,8 @@ from eagerq.scheme import IntegerType, integer_type, sharing
 __all__ = ["UpgradingModule", "bad_qparams", "bad_range", "bad_scale", "from_torch_ao", "misfit", "rename", "restate"]
 
 _PACKED = "_packed_params"
+_DYNAMIC_LINEAR = 4  # the version of its format, which no other layer with packed parameters has
+_ScriptObject: Any = getattr(torch, "ScriptObject", ())
 
 
 def from_torch_ao(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
@@ -56,6 +58,12 @@ def from_torch_ao(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     if hasattr(state_dict, "_metadata"):
         plain._metadata = state_dict._metadata  # type: ignore[attr-defined]
     restate(plain)
+    for path, told in getattr(plain, "_metadata", {}).items():
+        here = f"{path}." if path else ""
+        if f"{here}{_PACKED}.{_PACKED}" in state_dict and told.get("version", 0) >= _DYNAMIC_LINEAR:
+            # an output's parameters, of no meaning there; without versions they are the mark of an older format
+            plain.pop(f"{here}scale", None)
+            plain.pop(f"{here}zero_point", None)
     return plain
 
 
@@ -81,20 +89,51 @@ def _restated(key: str, state: MutableMapping[str, Any]) -> dict[str, Any] | Non
     value = state[key]
     path, _, name = key.rpartition(".")
     owner, _, inner = path.rpartition(".")
-    place = f"{owner}." if owner else ""
+    place, here = f"{owner}." if owner else "", f"{path}." if path else ""
+    pair = _weight_and_bias(value)
     if inner == _PACKED:
         if name == "dtype" and isinstance(value, torch.dtype):
             return {}
-        if name == _PACKED and isinstance(value, tuple) and len(value) == 2:
-            return {**_tensors(f"{place}weight", value[0]), **_tensors(f"{place}bias", value[1])}
+        if name == _PACKED and pair is not None:
+            return _named(place, "", *pair)
         if name in ("weight", "bias", "_packed_weight"):
             return _tensors(f"{place}{name.removeprefix('_packed_')}", value)
+    if name in ("_packed_weight_ih", "_packed_weight_hh") and pair is not None:
+        return _named(here, name.removeprefix("_packed_weight"), *pair)
+    if name == "param" and isinstance(value, _ScriptObject):
+        return _recurrent(here, value)
     if not _is_quantized(value):
         return None
-    bias = f"{path}.bias" if path else "bias"
     plain = _tensors(key, value)
-    if name == "weight" and bias in state:
-        plain |= _tensors(bias, state.pop(bias))
+    if name == "weight" and f"{here}bias" in state:
+        plain |= _tensors(f"{here}bias", state.pop(f"{here}bias"))
+    return plain
+
+
+def _named(place: str, end: str, weight: Any, bias: Any) -> dict[str, Any]:
+    return {**_tensors(f"{place}weight{end}", weight), **_tensors(f"{place}bias{end}", bias)}
+
+
+def _weight_and_bias(value: Any) -> tuple[Any, Any] | None:
+    """What packed parameters hold, as a pair or as a script object."""
+    if isinstance(value, _ScriptObject):
+        value = value.__getstate__()[0]
+    return value if isinstance(value, tuple) and len(value) == 2 else None
+
+
+def _recurrent(here: str, value: Any) -> dict[str, Any] | None:
+    """One direction of one layer: its two weights and biases, and whether they quantize to 7 bits."""
+    told = value.__getstate__()[0]
+    if not isinstance(told, tuple) or len(told) != 5 or told[0] not in ("quantized_dynamic", "quantized_fp16"):
+        return None
+    kind, biases, _, options, packed = told
+    plain: dict[str, Any] = {}
+    for end, one in zip(("_ih", "_hh"), packed, strict=True):
+        plain |= _named(here, end, *(_weight_and_bias(one) or ()))
+    for end, bias in zip(("_ih", "_hh"), biases, strict=False):
+        plain[f"{here}bias{end}"] = bias.detach()
+    if kind == "quantized_dynamic" and not any(options):
+        plain[f"{here}reduce_range"] = torch.tensor(False)
     return plain
 
 
@@ -184,11 +223,10 @@ def misfit(key: str, value: Any, own: Tensor, resizable: bool = False) -> str | 
         return None
     if own.is_floating_point() != value.is_floating_point():
         return f"{key} is of {value.dtype}, the model's of {own.dtype}"
-    # integers of another width may hold the same values (torch.ao keeps zero points as int64, batch norm's as int32)
-    wide = (torch.int32, torch.int64) if key.endswith("zero_point") else (torch.int64,)
-    if value.dtype in wide or own.numel() == 0:
-        kind = integer_type(own.dtype) if own.dtype not in (torch.int64, torch.bool) else None
-        if kind is None or bool(((value >= kind.minimum) & (value <= kind.maximum)).all()):
+    # torch.ao keeps zero points as int32 or int64, whatever integers they are for
+    if key.endswith("zero_point") and value.dtype in (torch.int32, torch.int64):
+        kind = integer_type(own.dtype)
+        if bool(((value >= kind.minimum) & (value <= kind.maximum)).all()):
             return None
     return f"{key} is of {value.dtype}, the model's of {own.dtype}: another bit width"
 

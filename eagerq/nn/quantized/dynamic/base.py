@@ -12,29 +12,43 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from eagerq import kernels
 from eagerq.errors import InvalidConfigError, InvalidInputError
 from eagerq.nn.quantized.base import WeightAndBias, quantize_weight
+from eagerq.nn.quantized.state import QuantizedModule
 from eagerq.qconfig import default_dynamic_qconfig
 from eagerq.qtensor import QTensor
 from eagerq.scheme import integer_dtype
 
-__all__ = ["DynamicModule"]
+__all__ = ["DynamicModule", "InputRange"]
 
 _Self = TypeVar("_Self", bound="DynamicModule")
 
 
-class DynamicModule(WeightAndBias):
-    """Base of dynamic Linear and Conv: the weight is int8, the input is quantized by its own range.
+class InputRange(QuantizedModule):
+    """Base of those that quantize their input by its own range.
 
     Attributes:
         reduce_range: spread the input over 0 to 127 rather than 255.  The state has it (bool) when false.
     """
 
-    _version = 4  # goes on counting where torch.ao's files stopped
-    _reduced_since: ClassVar[int] = 0  # files of an earlier version used the full range
     _optional_state: ClassVar[tuple[str, ...]] = ("reduce_range",)
 
     def __init__(self) -> None:
         super().__init__()
         self.reduce_range = True
+
+    def _tensors(self) -> dict[str, Tensor]:
+        state = super()._tensors()
+        return state if self.reduce_range else {**state, "reduce_range": torch.tensor(False)}
+
+    def _take_tensors(self, state: Mapping[str, Tensor], assign: bool) -> None:
+        super()._take_tensors(state, assign)
+        self.reduce_range = bool(state.get("reduce_range", True))
+
+
+class DynamicModule(InputRange, WeightAndBias):
+    """Base of dynamic Linear and Conv: the weight is int8, the input is quantized by its own range."""
+
+    _version = 4  # goes on counting where torch.ao's files stopped
+    _reduced_since: ClassVar[int] = 0  # files of an earlier version used the full range
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,14 +79,6 @@ class DynamicModule(WeightAndBias):
             super().set_weight_bias(w, b)
         else:
             self._weight, self._bias = kernels.to_float16(w.detach()), None if b is None else b.detach().float()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        state = super()._tensors()
-        return state if self.reduce_range else {**state, "reduce_range": torch.tensor(False)}
-
-    def _take_tensors(self, state: Mapping[str, Tensor], assign: bool) -> None:
-        super()._take_tensors(state, assign)
-        self.reduce_range = bool(state.get("reduce_range", True))
 
     def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
         super()._upgrade_state(state, prefix, version)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eagerq import kernels
 from eagerq.errors import InvalidConfigError, InvalidInputError, UnsupportedError
 from eagerq.nn.quantized.base import quantize_weight
+from eagerq.nn.quantized.dynamic.base import InputRange
 from eagerq.nn.quantized.state import StoredTensors, qtensor_parts, stored_qtensor
 from eagerq.qconfig import default_dynamic_qconfig
 from eagerq.qtensor import QTensor
@@ -58,7 +59,7 @@ def gru_step(x: Tensor, state: State, project: Project) -> State:
     return ((hidden - new) * z.sigmoid() + new,)
 
 
-class RecurrentModule(StoredTensors):
+class RecurrentModule(InputRange, StoredTensors):
     """Base of dynamic LSTM, GRU and cells: weights in 8-bit integers or float16, activations float32.
 
     The state has the names of the float module: each ``weight…`` is int8 beside ``weight…_scale``
@@ -160,7 +161,8 @@ class RecurrentModule(StoredTensors):
         if self.dtype is torch.float16:
             return partial(F.linear, weight=weight.float(), bias=bias)
         scale, zero_point = self._tensor(f"{name}_scale"), self._tensor(f"{name}_zero_point")
-        return lambda x: kernels.linear_dynamic(x, weight, scale, zero_point, bias, True)
+        reduce_range = self.reduce_range
+        return lambda x: kernels.linear_dynamic(x, weight, scale, zero_point, bias, reduce_range)
 
     def _expect(self, x: Any, what: str, shape: tuple[int | None, ...]) -> Tensor:
         """``x``, if it is a float32 tensor of that shape, in which None is any length."""

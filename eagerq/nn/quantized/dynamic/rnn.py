@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from eagerq.checkpoint import rename
 from eagerq.errors import InvalidArgumentError, InvalidInputError, UnsupportedError
 from eagerq.nn.quantized.dynamic.recurrent import Project, RecurrentModule, State, Step, gru_step, lstm_step
 
 __all__ = ["GRU", "LSTM", "RNNBase"]
 
 _GATES = {"LSTM": 4, "GRU": 3}
+_PARTS = [(f"weight_{of}", rest) for of in ("ih", "hh") for rest in ("", "_scale", "_zero_point")]
+_PARTS += [("bias_ih", ""), ("bias_hh", "")]
 
 
 def _recur(
@@ -122,6 +125,16 @@ class RNNBase(RecurrentModule):
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=4,
             )
+
+    def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
+        """torch.ao counts the directions of all layers: ``_all_weight_values.1.weight_ih``."""
+        super()._upgrade_state(state, prefix, version)
+        ends = [f"_l{layer}{suffix}" for layer in range(self.num_layers) for suffix in self._suffixes]
+        for number, end in enumerate(ends):
+            inner = f"_all_weight_values.{number}."
+            names = {f"{inner}{what}{rest}": f"{what}{end}{rest}" for what, rest in _PARTS}
+            rename(state, prefix, {**names, f"{inner}reduce_range": "reduce_range"})
+            state.pop(f"{prefix}{inner}reduce_range", None)  # the same for all
 
     @property
     def _suffixes(self) -> tuple[str, ...]:
