@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval, fuse_conv_bn_weights, fuse_linear_bn_eval
 
 from eagerq import intrinsic
 from eagerq.errors import InvalidConfigError, UnsupportedError
@@ -53,10 +55,27 @@ def _check(is_qat: bool, layer: nn.Module, bn: nn.Module, *rest: nn.Module) -> N
             )
 
 
-def _fold_conv(conv: nn.Module, bn: nn.Module, transpose: bool = False) -> nn.Module:
+def _fold_conv(conv: nn.Module, bn: nn.Module) -> nn.Module:
     fold: Any = fuse_conv_bn_eval
-    folded: nn.Module = fold(conv, bn, transpose)
+    folded: nn.Module = fold(conv, bn)
     return folded
+
+
+def _fold_conv_transpose(convt: Any, bn: Any) -> nn.Module:
+    """Group by group, since torch folds transposed convolutions of one group only."""
+    groups = convt.groups
+
+    def parts(values: Tensor | None) -> list[Any]:
+        return [None] * groups if values is None else list(values.detach().chunk(groups))
+
+    tensors = (convt.weight, convt.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    folded = [
+        fuse_conv_bn_weights(weight, bias, mean, var, bn.eps, gain, shift, True)
+        for weight, bias, mean, var, gain, shift in zip(*map(parts, tensors), strict=True)
+    ]
+    new = copy.deepcopy(convt)
+    new.weight, new.bias = (nn.Parameter(torch.cat(same)) for same in zip(*folded, strict=True))
+    return new
 
 
 def _fused_class(*modules: nn.Module) -> type[nn.Module]:
@@ -107,7 +126,7 @@ def fuse_convtranspose_bn(is_qat: bool, convt: nn.Module, bn: nn.Module) -> nn.M
             remedy="leave them apart, or fuse them after training, with model.eval() and fuse_modules",
         )
     _check(is_qat, convt, bn)
-    return _fold_conv(convt, bn, transpose=True)
+    return _fold_conv_transpose(convt, bn)
 
 
 def _as_they_are(fused: type[nn.Module]) -> FuserMethod:

@@ -94,6 +94,9 @@ ROWS: tuple[Row, ...] = (
     Row((DeQuantStub,), quantized=quantized.DeQuantize),
     Row((quantized.FloatFunctional,), quantized=quantized.QFunctional),
     *(row for dim in (1, 2, 3) for row in _convolutions(dim)),
+    Row((nn.ConvTranspose1d,), quantized=quantized.ConvTranspose1d),
+    Row((nn.ConvTranspose2d,), quantized=quantized.ConvTranspose2d),
+    Row((nn.ConvTranspose3d,), quantized=quantized.ConvTranspose3d),
     Row((nn.Linear,), None, qat.Linear, _Linear, dynamic.Linear, qat_dynamic=qat_dynamic.Linear),
     Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), None, qat.Linear, _Linear, dynamic.Linear),
     Row(
@@ -166,9 +169,6 @@ DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS: dict[Callable[..., Any] | str, Cal
     F.layer_norm: normalization.layer_norm,
     F.leaky_relu: functional.leaky_relu,
 }
-
-# Layers whose outputs are observed although they have no int8 form here: checkpoints have the observers.
-_OBSERVED_ONLY: tuple[type[nn.Module], ...] = (*(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),)
 
 
 def get_default_qat_module_mappings() -> ModuleMap:
@@ -262,7 +262,6 @@ def get_default_qconfig_propagation_list() -> set[Callable[..., Any]]:
         *DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
         *DEFAULT_QAT_MODULE_MAPPINGS,
         *DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS,
-        *_OBSERVED_ONLY,
         nn.Sequential,
     }
 

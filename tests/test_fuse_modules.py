@@ -105,12 +105,14 @@ def test_for_training_the_layers_stay_inside_one_module(name: str, training: boo
     assert torch.equal(fused(x), reference(x))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dim", [1, 2, 3])
-def test_transposed_convolutions_are_folded_for_inference_only(dim: int) -> None:
-    model = stirred(TRANSPOSED[dim](3, 4, 3, stride=2), NORMS[dim](4))
+def test_transposed_convolutions_are_folded_for_inference_only(dim: int, groups: int) -> None:
+    """Grouped ones too, which torch's own folding refuses."""
+    model = stirred(TRANSPOSED[dim](6, 4, 3, stride=2, groups=groups, bias=groups == 1), NORMS[dim](4))
     fused = fuse_modules(model, ["0", "1"])
     assert kinds(fused) == [f"ConvTranspose{dim}d", "Identity"]
-    x = torch.randn(2, 3, *[4] * dim)
+    x = torch.randn(2, 6, *[4] * dim)
     torch.testing.assert_close(fused(x), model(x))
     with pytest.raises(
         UnsupportedError, match=r"cannot fuse '0', '1'.*ConvTranspose.*not supported in QAT.*model\.eval"

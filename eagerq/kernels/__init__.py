@@ -1,7 +1,7 @@
 """The doors to integer arithmetic: plain tensors in, plain tensors out, the fastest exact way."""
 
 from eagerq.kernels.activation import pointwise, prelu
-from eagerq.kernels.doors import cat, conv, linear, matmul, quantize
+from eagerq.kernels.doors import cat, conv, conv_transpose, linear, matmul, quantize
 from eagerq.kernels.dynamic import linear_dynamic, linear_dynamic_float16, to_float16
 from eagerq.kernels.embedding import embedding, embedding_bag
 from eagerq.kernels.normalization import batch_norm, group_norm, layer_norm
@@ -18,6 +18,7 @@ __all__ = [
     "batch_norm",
     "cat",
     "conv",
+    "conv_transpose",
     "dequantize",
     "dequantize_per_channel",
     "embedding",

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eagerq.kernels import onednn, reference
+from eagerq.kernels import onednn, reference, transposed
 from eagerq.kernels.dispatch import Kernel
 
-__all__ = ["cat", "conv", "linear", "matmul", "quantize"]
+__all__ = ["cat", "conv", "conv_transpose", "linear", "matmul", "quantize"]
 
 _X = "Tensor x, float x_scale, int x_zero_point"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_zero_point, Tensor? bias"
@@ -63,6 +63,29 @@ def _fake_conv(
     return reference.channels_last(x.new_empty((x.shape[0], weight.shape[0], *size), dtype=dtype))
 
 
+def _fake_conv_transpose(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    size = transposed.output_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation)
+    return reference.channels_last(x.new_empty((x.shape[0], weight.shape[1] * groups, *size), dtype=dtype))
+
+
 quantize = Kernel(f"quantize(Tensor x, {_OUTPUT}) -> Tensor", reference.quantize, _fake_quantize)
 linear = Kernel(f"linear({_X}, {_WEIGHT}, {_OUTPUT}) -> Tensor", reference.linear, _fake_linear)
 conv = Kernel(
@@ -70,10 +93,17 @@ conv = Kernel(
     reference.conv,
     _fake_conv,
 )
+conv_transpose = Kernel(
+    f"conv_transpose({_X}, {_WEIGHT}, int[] stride, int[] padding, int[] output_padding, int[] dilation, int groups, "
+    f"{_OUTPUT}) -> Tensor",
+    reference.conv_transpose,
+    _fake_conv_transpose,
+)
 
 if onednn.available():
     linear.register("cpu", onednn.linear)
     conv.register("cpu", onednn.conv)
+    conv_transpose.register("cpu", transposed.conv_transpose)
 
 
 def cat(

@@ -2,8 +2,9 @@
 
 What they cannot do exactly is refused here (``NotImplemented``) and goes to the reference: outputs of
 other types than 8-bit integers and float32, weights most of whose zero points are not zero, sums that could leave
-int32 (or int16, on processors without VNNI), and convolutions with a window wholly in padding, which
-oneDNN gets wrong for thin groups.  So are shapes that do not fit each other, which it would not always
+int32 (or int16, on processors without VNNI), and the convolutions of thin groups that oneDNN gets wrong:
+those with a window wholly in padding, and others of one input to a group.  So are shapes that do not fit
+each other, which it would not always
 notice.
 """
 
@@ -21,13 +22,13 @@ from eagerq.kernels import reference
 from eagerq.kernels.packing import pack
 from eagerq.kernels.reference import channels_last
 
-__all__ = ["available", "conv", "linear"]
+__all__ = ["BYTES", "LONGEST_SUM", "RESULTS", "as_bytes", "available", "conv", "convolve", "linear", "mistaken"]
 
 _NAMES = ("qlinear_prepack", "qlinear_pointwise", "qconv_prepack", "qconv_pointwise")
-_BYTES = (torch.uint8, torch.int8)
-_RESULTS = (*_BYTES, torch.float32)
+BYTES = (torch.uint8, torch.int8)
+RESULTS = (*BYTES, torch.float32)
 # products of a byte and a signed byte that an int32 sum can take
-_LONGEST_SUM = (2**31 - 1) // (255 * 128)
+LONGEST_SUM = (2**31 - 1) // (255 * 128)
 
 
 def available() -> bool:
@@ -93,10 +94,10 @@ def linear(
     """See :func:`eagerq.kernels.reference.linear`."""
     rows = x.numel() // max(x.shape[-1], 1)
     if (
-        x.dtype not in _BYTES
-        or dtype not in _RESULTS
+        x.dtype not in BYTES
+        or dtype not in RESULTS
         or weight.dtype is not torch.int8
-        or weight.shape[1] > _LONGEST_SUM
+        or weight.shape[1] > LONGEST_SUM
         or weight.shape[1] != x.shape[-1]
         or weight_scale.numel() not in (1, weight.shape[0])
         or rows == 0
@@ -113,9 +114,9 @@ def linear(
         x_scale,
         x_zero_point,
         packed.weight,
-        weight_scale,
+        weight_scale.contiguous(),
         packed.zero,
-        bias,
+        None if bias is None else bias.contiguous(),
         scale,
         zero_point,
         dtype,
@@ -141,6 +142,66 @@ def _every_window_sees_input(
     )
 
 
+def as_bytes(x: Tensor, zero_point: int) -> tuple[Tensor, int] | None:
+    """The same numbers as the convolutions want them: uint8, channels last; None where products could saturate."""
+    if x.dtype is torch.int8:  # move data and zero point alike
+        x, zero_point = x.view(torch.uint8).bitwise_xor(128), zero_point + 128
+    return None if _too_big(x) else (channels_last(x), zero_point)
+
+
+def mistaken(size: Sequence[int], padding: Sequence[int], groups: int, inside: int, outside: int) -> bool:
+    """Whether oneDNN gets such a convolution wrong: groups of one input, with many outputs or in a flat, padded volume.
+
+    Args:
+        size, padding: of the spatial axes.
+        inside, outside: inputs and outputs of each group.
+    """
+    flat = len(size) == 3 and size[0] == 1 and padding[0] > 0
+    return groups > 1 and inside == 1 and (outside > 16 or flat)
+
+
+def convolve(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """The operator itself, on an input of :func:`as_bytes` and a packed weight, with the clamp that it needs."""
+    attr, scalars, unclamped = _post_op(x.dim(), scale, zero_point, dtype, low, high)
+    y: Tensor = torch.ops.onednn.qconv_pointwise.default(
+        x,
+        x_scale,
+        x_zero_point,
+        weight,
+        weight_scale.contiguous(),  # strides are not looked at
+        weight_zero_point,
+        None if bias is None else bias.contiguous(),
+        stride,
+        padding,
+        dilation,
+        groups,
+        scale,
+        zero_point,
+        dtype,
+        attr,
+        scalars,
+        "",
+    )
+    return y.clamp_(low, high) if unclamped else y
+
+
 def conv(
     x: Tensor,
     x_scale: float,
@@ -160,26 +221,25 @@ def conv(
     high: int,
 ) -> Any:
     """See :func:`eagerq.kernels.reference.conv`."""
-    dim = x.dim()
     kernel = weight.shape[2:]
     if (
-        x.dtype not in _BYTES
-        or dtype not in _RESULTS
+        x.dtype not in BYTES
+        or dtype not in RESULTS
         or weight.dtype is not torch.int8
-        or weight.numel() > _LONGEST_SUM * weight.shape[0]
+        or weight.numel() > LONGEST_SUM * weight.shape[0]
         or weight.shape[1] * groups != x.shape[1]
         or weight.shape[0] % groups
         or weight_scale.numel() not in (1, weight.shape[0])
+        or mistaken(x.shape[2:], padding, groups, weight.shape[1], weight.shape[0] // groups)
         or x.numel() == 0
         or weight.numel() == 0
         or not _every_window_sees_input(x.shape[2:], kernel, tuple(padding), tuple(dilation))
     ):
         return NotImplemented
-    if x.dtype is torch.int8:  # the kernels want bytes: move data and zero point alike
-        x, x_zero_point = x.view(torch.uint8).bitwise_xor(128), x_zero_point + 128
-    if _too_big(x):
+    bytes_ = as_bytes(x, x_zero_point)
+    if bytes_ is None:
         return NotImplemented
-    x = channels_last(x)
+    x, x_zero_point = bytes_
     # a single image is worth packing for its very shape
     shape = list(x.shape) if x.shape[0] == 1 else None
     packed = pack(
@@ -192,35 +252,14 @@ def conv(
     )
     if packed is None:
         return NotImplemented
-    attr, scalars, unclamped = _post_op(dim, scale, zero_point, dtype, low, high)
-    y = torch.ops.onednn.qconv_pointwise.default(
-        x,
-        x_scale,
-        x_zero_point,
-        packed.weight,
-        weight_scale,
-        packed.zero,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        scale,
-        zero_point,
-        dtype,
-        attr,
-        scalars,
-        "",
-    )
-    if unclamped:
-        y.clamp_(low, high)
+    how, output = (stride, padding, dilation), (scale, zero_point, dtype, low, high)
+    common: Any = (packed.weight, weight_scale, packed.zero, bias, *how, groups, *output)
+    y = convolve(x, x_scale, x_zero_point, *common)
     if packed.odd is not None:
         # each of them becomes a group of its own, with the inputs that it sees
         seen = torch.div(packed.odd, weight.shape[0] // groups, rounding_mode="floor")
         inputs = x if groups == 1 else x.unflatten(1, (groups, -1))[:, seen].flatten(1, 2)
-        some = packed.rows(weight, weight_scale, weight_zero_point, bias)
-        how = (stride, padding, dilation, 1 if groups == 1 else len(seen))
-        y[:, packed.odd] = reference.conv(
-            inputs, x_scale, x_zero_point, *some, *how, scale, zero_point, dtype, low, high
-        )
+        rows = packed.rows(weight, weight_scale, weight_zero_point, bias)
+        odd: Any = (*rows, *how, 1 if groups == 1 else len(seen), *output)
+        y[:, packed.odd] = reference.conv(inputs, x_scale, x_zero_point, *odd)
     return y

@@ -18,6 +18,7 @@ __all__ = [
     "add",
     "channels_last",
     "conv",
+    "conv_transpose",
     "dequantize",
     "dequantize_per_channel",
     "linear",
@@ -32,6 +33,7 @@ __all__ = [
 
 MEMORY_FORMATS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
 def single(value: float) -> float:
@@ -113,8 +115,8 @@ def _requantize(
     return _stored(y.mul_(reciprocal(scale)).add_(zero_point).round_(), dtype, low, high)
 
 
-def _centred(weight: Tensor, zero_point: Tensor) -> Tensor:
-    return weight.double().sub_(zero_point.reshape(channel_shape(weight.dim(), 0)))
+def _centred(weight: Tensor, zero_point: Tensor, axis: int = 0) -> Tensor:
+    return weight.double().sub_(zero_point.reshape(channel_shape(weight.dim(), axis)))
 
 
 def linear(
@@ -169,6 +171,44 @@ def conv(
         groups,
     )
     return channels_last(_requantize(total, 1, x_scale, weight_scale, bias, scale, zero_point, dtype, low, high))
+
+
+def conv_transpose(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """Transposed convolution of integers ``[N, C, …]`` in one to three dimensions, requantized.
+
+    The weight is ``[in, out / groups, …]``, its scales and zero points ``[1]`` or ``[out / groups]``, the
+    same for every group.  The result has its channels last in memory.
+    """
+    total = _TRANSPOSED[x.dim()](
+        x.double().sub_(x_zero_point),
+        _centred(weight, weight_zero_point, axis=1),
+        None,
+        stride,
+        padding,
+        output_padding,
+        groups,
+        dilation,
+    )
+    each = weight_scale if weight_scale.numel() == 1 else weight_scale.repeat(groups)
+    return channels_last(_requantize(total, 1, x_scale, each, bias, scale, zero_point, dtype, low, high))
 
 
 def requantized(y: Tensor, factor: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:

@@ -165,10 +165,13 @@ class PerChannelMinMaxObserver(_RangeObserver):
         super().__init__(dtype, qscheme, reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic)
         self._require(per_channel=True, qscheme=qscheme)
         self.ch_axis = ch_axis
-        self._channel_axis = ch_axis
         kwargs = dict(factory_kwargs or {})
         self.register_buffer("min_val", torch.tensor([], **kwargs))
         self.register_buffer("max_val", torch.tensor([], **kwargs))
+
+    @property
+    def _channel_axis(self) -> int:  # type: ignore[override]
+        return self.ch_axis
 
     def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
         rename(state, prefix, {"min_vals": "min_val", "max_vals": "max_val"})  # before version 3

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, u
 
 LINEAR = ("Linear", "LinearReLU")
 CONVOLUTIONS = tuple(f"Conv{relu}{dim}d" for relu in ("", "ReLU") for dim in (1, 2, 3))
-LAYERS = LINEAR + CONVOLUTIONS
+TRANSPOSED = tuple(f"ConvTranspose{dim}d" for dim in (1, 2, 3))
+LAYERS = LINEAR + CONVOLUTIONS + TRANSPOSED
 
 
 def empty(name: str, bias: bool = True) -> Any:
@@ -41,7 +42,8 @@ def filled(name: str, seed: int = 0, bias: bool = True, per_channel: bool = True
     weight = torch.randn(layer.weight().shape, generator=generator)
     if per_channel:
         scales = torch.rand(6, generator=generator) * 0.01 + 0.01
-        quantized_weight = eagerq.quantize_per_channel(weight, scales, torch.zeros(6), 0, torch.int8)
+        axis = int(name in TRANSPOSED)
+        quantized_weight = eagerq.quantize_per_channel(weight, scales, torch.zeros(6), axis, torch.int8)
     else:
         quantized_weight = eagerq.quantize_per_tensor(weight, 0.02, 0, torch.int8)
     layer.set_weight_bias(quantized_weight, torch.randn(6, generator=generator) if bias else None)

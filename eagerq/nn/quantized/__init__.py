@@ -12,6 +12,7 @@ from eagerq.nn.quantized.batchnorm import (
     InstanceNorm3d,
 )
 from eagerq.nn.quantized.conv import Conv1d, Conv2d, Conv3d
+from eagerq.nn.quantized.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from eagerq.nn.quantized.dropout import Dropout
 from eagerq.nn.quantized.embedding import Embedding, EmbeddingBag
 from eagerq.nn.quantized.functional_modules import FloatFunctional, FXFloatFunctional, QFunctional
@@ -31,6 +32,9 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "Embedding",
     "EmbeddingBag",
     "LSTM",

@@ -256,7 +256,7 @@ class IntegerWeight(StoredTensors):
 
     def weight(self) -> QTensor:
         """The integer weight with its parameters."""
-        return stored_qtensor(self._weight, self._weight_scale, self._weight_zero_point)
+        return stored_qtensor(self._weight, self._weight_scale, self._weight_zero_point, axis=self._axis)
 
 
 class WeightAndBias(IntegerWeight):
@@ -270,13 +270,14 @@ class WeightAndBias(IntegerWeight):
     _FLOAT_MODULE: ClassVar[Any]
     _DTYPES: ClassVar[tuple[torch.dtype, ...]] = (torch.int8,)
 
-    def _allocate(self, shape: tuple[int, ...], bias: bool, device: Any = None, dtype: Any = torch.int8) -> None:
+    def _allocate(self, shape: tuple[int, ...], out: int | None, device: Any = None, dtype: Any = torch.int8) -> None:
+        """Register a weight of zeros of that shape, and a bias of ``out`` zeros, or none."""
         stored = integer_dtype(dtype)
         if stored not in self._DTYPES:
             names = " or ".join(map(str, self._DTYPES))
             raise UnsupportedError(f"weights are stored in {names}, not in {dtype}", module=self)
         weight = torch.zeros(shape, dtype=stored, device=device)
-        own_bias = torch.zeros(shape[0], dtype=torch.float32, device=device) if bias else None
+        own_bias = None if out is None else torch.zeros(out, dtype=torch.float32, device=device)
         if stored.is_floating_point:
             self._STORED = ("weight", "bias")
             self._store(weight, own_bias)
@@ -295,6 +296,11 @@ class WeightAndBias(IntegerWeight):
         """Adopt a quantized weight and a float bias (or None)."""
         self._weight, self._weight_scale, self._weight_zero_point = qtensor_parts(w)
         self._bias = None if b is None else b.detach().float()
+
+    @classmethod
+    def _weight_observer(cls, mod: Any) -> Any:
+        """A new observer for the weight of a float module."""
+        return mod.qconfig.weight()
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:
@@ -329,7 +335,7 @@ class WeightedQuantizedModule(WeightAndBias, RequantizingModule):
         if not trained:
             cls._check_float(mod)
             if refresh:
-                observer = mod.qconfig.weight().to(source.weight.device)  # type: ignore[union-attr, operator]
+                observer = cls._weight_observer(mod).to(source.weight.device)
         weight, bias = source.folded(as_trained) if trained else (source.weight, source.bias)
         new = cls(**cls._arguments(source))
         qweight = quantize_weight(mod, weight.detach(), observer, as_trained, refresh)

@@ -9,17 +9,87 @@ from torch import nn
 from torch.nn.modules.utils import _ntuple
 
 from eagerq import kernels
-from eagerq.errors import InvalidInputError
+from eagerq.errors import InvalidArgumentError, InvalidInputError
 from eagerq.nn.quantized.base import WeightedQuantizedModule, expect_quantized
 from eagerq.qtensor import QTensor
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d"]
+__all__ = ["AnyConv", "Conv1d", "Conv2d", "Conv3d"]
 
 
-class _ConvNd(WeightedQuantizedModule):
-    """What the convolutions share, whatever their dimension."""
+class AnyConv(WeightedQuantizedModule):
+    """What convolutions share, transposed or not, whatever their dimension."""
 
     _dim: ClassVar[int]
+    transposed: ClassVar[bool] = False
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: Any
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
+    def _shape(
+        self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any
+    ) -> None:
+        """Keep what torch's convolutions keep."""
+        each = _ntuple(self._dim)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = each(kernel_size)
+        self.stride = each(stride)
+        self.padding = padding if isinstance(padding, str) else each(padding)
+        self.dilation = each(dilation)
+        self._stride, self._dilation = list(self.stride), list(self.dilation)
+
+    def _group(self, groups: int) -> None:
+        for name in ("in_channels", "out_channels"):
+            if groups < 1 or getattr(self, name) % groups:
+                raise InvalidArgumentError(
+                    f"{name} must be divisible by groups, got {getattr(self, name)} and {groups}",
+                    module=self,
+                    remedy="choose another number of groups",
+                )
+        self.groups = groups
+
+    def _check_input(self, x: Any) -> QTensor:
+        x = expect_quantized(self, x)
+        if x.integers.dim() != self._dim + 2 or x.integers.shape[1] != self.in_channels:
+            raise InvalidInputError(
+                f"expected {self._dim + 2} dimensions, [N, {self.in_channels}, …], got shape {tuple(x.integers.shape)}",
+                module=self,
+                remedy="check its channels, or add the batch dimension with .unsqueeze(0)",
+            )
+        return x
+
+    def _get_name(self) -> str:
+        return f"Quantized{type(self).__name__}"
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}",
+            super().extra_repr(),
+        ]
+        plain = _ntuple(self._dim)
+        for name, default in (
+            ("padding", plain(0)),
+            ("output_padding", plain(0)),
+            ("dilation", plain(1)),
+            ("groups", 1),
+            ("padding_mode", "zeros"),
+        ):
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)}")
+        if self._bias is None:
+            parts.append("bias=False")
+        return ", ".join(parts)
+
+
+class _ConvNd(AnyConv):
+    """The ordinary ones."""
 
     def __init__(
         self,
@@ -36,18 +106,12 @@ class _ConvNd(WeightedQuantizedModule):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        each = _ntuple(self._dim)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = each(kernel_size)
-        self.stride = each(stride)
-        self.dilation = each(dilation)
-        self.padding: Any = padding if isinstance(padding, str) else each(padding)
-        self.groups = groups
+        self._shape(in_channels, out_channels, kernel_size, stride, padding, dilation)
+        self._group(groups)
         self.padding_mode = padding_mode
-        self.transposed = False
-        self.output_padding = each(0)
-        self._allocate((out_channels, in_channels // groups, *self.kernel_size), bias, device)
+        self.output_padding = _ntuple(self._dim)(0)
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self._allocate(shape, out_channels if bias else None, device)
         self._split_padding()
 
     def _split_padding(self) -> None:
@@ -65,7 +129,6 @@ class _ConvNd(WeightedQuantizedModule):
         if self.padding_mode != "zeros" or not even:
             self._padding = [0] * self._dim
             self._around = [pad for near, far in reversed(sides) for pad in (near, far)]
-        self._stride, self._dilation = list(self.stride), list(self.dilation)
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:
@@ -74,14 +137,8 @@ class _ConvNd(WeightedQuantizedModule):
         return {**arguments, "bias": module.bias is not None}
 
     def forward(self, x: QTensor) -> QTensor:
-        x = expect_quantized(self, x)
+        x = self._check_input(x)
         integers = x.integers
-        if integers.dim() != self._dim + 2 or integers.shape[1] != self.in_channels:
-            raise InvalidInputError(
-                f"expected {self._dim + 2} dimensions, [N, {self.in_channels}, …], got shape {tuple(integers.shape)}",
-                module=self,
-                remedy="check its channels, or add the batch dimension with .unsqueeze(0)",
-            )
         if self._around is not None:
             zeros = self.padding_mode == "zeros"
             mode = "constant" if zeros else self.padding_mode
@@ -106,27 +163,6 @@ class _ConvNd(WeightedQuantizedModule):
             high,
         )
         return QTensor(y, scale, zero_point)
-
-    def _get_name(self) -> str:
-        return f"Quantized{type(self).__name__}"
-
-    def extra_repr(self) -> str:
-        parts = [
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}",
-            super().extra_repr(),
-        ]
-        plain = _ntuple(self._dim)
-        for name, default in (
-            ("padding", plain(0)),
-            ("dilation", plain(1)),
-            ("groups", 1),
-            ("padding_mode", "zeros"),
-        ):
-            if getattr(self, name) != default:
-                parts.append(f"{name}={getattr(self, name)}")
-        if self._bias is None:
-            parts.append("bias=False")
-        return ", ".join(parts)
 
 
 class Conv1d(_ConvNd):

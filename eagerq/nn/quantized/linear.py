@@ -26,7 +26,7 @@ class LinearShape(WeightAndBias):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self._allocate((out_features, in_features), bias_, dtype=dtype)
+        self._allocate((out_features, in_features), out_features if bias_ else None, dtype=dtype)
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:

@@ -24,11 +24,11 @@ def qtensor_parts(w: QTensor) -> tuple[Tensor, Tensor, Tensor]:
     return w.integers, scale, torch.as_tensor(w.zero_point).to(device, torch.int32).reshape(-1)
 
 
-def stored_qtensor(integers: Tensor, scale: Tensor, zero_point: Tensor) -> QTensor:
+def stored_qtensor(integers: Tensor, scale: Tensor, zero_point: Tensor, *, axis: int = 0) -> QTensor:
     """The weight that :func:`qtensor_parts` took apart."""
-    if scale.numel() == 1 != integers.shape[0]:
+    if scale.numel() == 1 != integers.shape[axis]:
         return QTensor(integers, float(scale), int(zero_point))
-    return QTensor(integers, scale, zero_point, 0)
+    return QTensor(integers, scale, zero_point, axis)
 
 
 class QuantizedModule(UpgradingModule):
@@ -79,10 +79,11 @@ class StoredTensors(QuantizedModule):
     """Base of those with tensors to save: buffers of the state's names, each behind an underscore.
 
     Where there are ``x``, ``x_scale`` and ``x_zero_point``, they are a table of integers with one scale,
-    or one for each index of its first axis; files of either kind are taken.
+    or one for each index of its axis ``_axis``; files of either kind are taken.
     """
 
     _STORED: tuple[str, ...]
+    _axis: int = 0
 
     @property
     def _resizable(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -98,7 +99,7 @@ class StoredTensors(QuantizedModule):
             assert table is not None
             assert zero_point is not None
             kind = None if zero_point.is_floating_point() else integer_type(table.dtype)
-            yield from bad_qparams(f"{prefix}{name}_", state, (1, table.shape[0]), kind)
+            yield from bad_qparams(f"{prefix}{name}_", state, (1, table.shape[self._axis]), kind)
 
     def _store(self, *values: Tensor | None) -> None:
         """Register the buffers; all after the last value given are left out."""
