@@ -94,8 +94,9 @@ def _plan_stars(program: Program, made: Plan) -> None:
         return
     offered = frozenset[str]().union(*(public_names(found.name) for found in targets.values()))
     unknown = sorted(program.unresolved.keys() - offered)
-    clashes = sorted(offered & program.bound)
     for star, found in targets.items():
+        line = program.position(star)[0]
+        clashes = sorted(name for name in offered if program.first_lines.get(name, line) < line)
         module = ".".join(path_of(star.module))
         if unknown:
             reason = f"{module}: a star import, and {found.name} has no {', '.join(unknown)}"

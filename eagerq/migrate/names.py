@@ -57,10 +57,11 @@ _ROOTS: dict[str, tuple[str, ...]] = {
 for _old in ("torch.ao.quantization", "torch.quantization"):
     _ROOTS[_old] = ("eagerq",)
     for _part in (
-        *("observer", "fake_quantize", "qconfig", "qconfig_mapping", "stubs", "utils", "quant_type"),
+        *("observer", "fake_quantize", "qconfig", "qconfig_mapping", "stubs", "utils"),
         *("fuse_modules", "fuser_method_mappings", "quantization_mappings", "quantize"),
     ):
         _ROOTS[f"{_old}.{_part}"] = (f"eagerq.{_part}", "eagerq")
+    _ROOTS[f"{_old}.quant_type"] = ("eagerq",)
     _ROOTS[f"{_old}._equalize"] = ("eagerq.equalization",)
     _ROOTS[f"{_old}._correct_bias"] = ("eagerq.bias_correction",)
     _ROOTS[f"{_old}._learnable_fake_quantize"] = ("eagerq.fake_quantize",)
@@ -107,7 +108,7 @@ _REFUSED: tuple[tuple[re.Pattern[str], tuple[str, str]], ...] = tuple(
         (r"torch\.(ao\.)?quantization\.quantize_jit\b", _SCRIPT),
         (r"torch\.(ao\.)?quantization\.(\w+\.)*(\w*_fx|\w*FX\w*)$", _FX),
         (r"torch\.(ao\.)?quantization\.(\w+\.)*(\w+_jit|script_qconfig\w*)$", _SCRIPT),
-        (r"torch\.(ao\.)?quantization\.(\w+\.)*(\w*_sparse_\w*)$", _SPARSE),
+        (r"torch\.(ao\.)?quantization\.(\w+\.)*(\w*_(?i:sparse)_\w*)$", _SPARSE),
         (r"torch\.(ao\.)?quantization\.(\w+\.)*\w*reference_module\w*$", _REFERENCE),
         (r"torch\.ao\.(nn\.sparse|pruning)\b", _SPARSE),
         (r"torch\.(ao\.)?nn\.quantized\._?reference\b", _REFERENCE),

@@ -78,6 +78,7 @@ class Program:
     Attributes:
         roots: expressions that open with an imported name of torch's, or with one called like it.
         bound: every name that the program binds.
+        first_lines: the names that it binds at its top level, and the first line that does.
         unresolved: names that nothing in it binds.
     """
 
@@ -91,6 +92,7 @@ class Program:
     strings: list[cst.SimpleString | cst.FormattedStringText] = field(default_factory=list)
     quoted: list[Quoted] = field(default_factory=list)
     bound: set[str] = field(default_factory=set)
+    first_lines: dict[str, int] = field(default_factory=dict)
     unresolved: dict[str, cst.Name] = field(default_factory=dict)
     uses_eagerq: bool = False
 
@@ -127,12 +129,17 @@ def read(text: str) -> Program:
     wrapper.module.visit(reader)
     for scope in set(scopes.values()):
         for assignment in getattr(scope, "assignments", ()):
-            if not isinstance(assignment, meta.BuiltinAssignment):
-                program.bound.add(assignment.name.split(".")[0])
-    for name, scope in reader.names:
-        _place(program, scope, _chain(program, name), reader.by_name)
-    for quoted, scope in reader.annotations:
-        _place_quoted(program, quoted, scope, reader.by_name)
+            if isinstance(assignment, meta.BuiltinAssignment):
+                continue
+            name = assignment.name.split(".")[0]
+            program.bound.add(name)
+            if isinstance(scope, meta.GlobalScope):
+                line = program.position(assignment.node)[0]
+                program.first_lines[name] = min(line, program.first_lines.get(name, line))
+    for node, scope in reader.names:
+        _place(program, scope, _chain(program, node), reader.by_name)
+    for string, scope in reader.annotations:
+        _place_quoted(program, string, scope, reader.by_name)
     return program
 
 

@@ -69,6 +69,21 @@ IMPORTS = [
     ),
     case("modules", "from torch.nn.quantized.modules import Conv2d\n", "from eagerq.nn.quantized import Conv2d\n"),
     case(
+        "the numeric suite",
+        "import torch.ao.ns._numeric_suite as ns\nfrom torch.quantization import _numeric_suite\nns.compare_weights\n",
+        "import eagerq.numeric_suite as ns\nfrom eagerq import numeric_suite as _numeric_suite\nns.compare_weights\n",
+    ),
+    case(
+        "private modules",
+        "from torch.ao.quantization._correct_bias import bias_correction\nimport torch.quantization._equalize as e\n",
+        "from eagerq.bias_correction import bias_correction\nimport eagerq.equalization as e\n",
+    ),
+    case(
+        "a module that is none any more",
+        "from torch.ao.quantization.quant_type import QuantType\n",
+        "from eagerq import QuantType\n",
+    ),
+    case(
         "a private name",
         """
         from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize

@@ -51,7 +51,7 @@ STAYS = [
     ),
     ("import torch\nx = (torch\n  # why\n  .ao.quantization.prepare)", "2:6: torch.ao.quantization.prepare: a comment"),
     ("from torch.ao.quantization import *\nno_such_thing", "a star import, and eagerq has no no_such_thing"),
-    ("from torch.ao.quantization import *\nprepare = 1", "with eagerq it would also bind prepare"),
+    ("calibrate = 1\nfrom torch.ao.quantization import *", "with eagerq it would also bind calibrate"),
     ("import torch\neagerq = 1\ntorch.quantization.prepare", "eagerq is another name here"),
     ("import torch.quantization as tq\neagerq = 1\ntq._numeric_suite, tq.prepare", "eagerq is another name here"),
     (
