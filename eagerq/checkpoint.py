@@ -170,9 +170,15 @@ class UpgradingModule(nn.Module):
 
     A check of the whole file (``eagerq.quantize.state``) asks both methods of every such module before
     any of them loads; a module that is loaded without one asks itself.
+
+    Attributes:
+        _optional_state: names that a file may have or not, beside those of the module's own state.
+        _kept_state: names that files of torch.ao lack; the module keeps its values, and the check warns.
+        _resizable: names whose one element, or none, may become many and the reverse.
     """
 
     _optional_state: ClassVar[tuple[str, ...]] = ()
+    _kept_state: ClassVar[tuple[str, ...]] = ()
     _resizable: ClassVar[tuple[str, ...]] = ()
 
     def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:

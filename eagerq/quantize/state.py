@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from eagerq.errors import CheckpointError, nearest
 __all__ = ["StateCheck", "has_state_check", "install_state_check"]
 
 _SHOWN = 5
+_CALLER = 7  # frames from the warning up to who called load_state_dict
 
 
 def _upgrading(root: nn.Module, prefix: str) -> Iterator[tuple[str, UpgradingModule]]:
@@ -64,8 +66,9 @@ class StateCheck:
         found = []
         modules = dict(_upgrading(root, prefix))
         optional = {dot + name for dot, module in modules.items() for name in module._optional_state}
+        kept = {dot + name for dot, module in modules.items() for name in module._kept_state}
         resizable = {dot + name for dot, module in modules.items() for name in module._resizable}
-        missing = [key for key in own if key not in state_dict and key not in optional]
+        missing = [key for key in own if key not in state_dict and key not in optional | kept]
         extra = [key for key in map(str, state_dict) if key.startswith(prefix) and key not in {*own, *optional}]
         if strict and missing:
             found.append(f"it lacks {_listed(missing)}")
@@ -89,7 +92,8 @@ class StateCheck:
         *lists: list[str],
     ) -> None:
         self.upgrade(module, state_dict, prefix, _running("metadata", None) or {})
-        found = self.problems(module, state_dict, prefix, _running("strict", strict))
+        strict = _running("strict", strict)
+        found = self.problems(module, state_dict, prefix, strict)
         if found:
             more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise CheckpointError(
@@ -98,6 +102,22 @@ class StateCheck:
                 remedy="build the model as it was when the file was saved: same fuse list, qconfig and mapping, "
                 "then prepare (and convert, for an int8 file) before load_state_dict",
             )
+        if strict:
+            _tell_what_stays(module, state_dict, prefix)
+
+
+def _tell_what_stays(root: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    kept = {
+        dot[:-1]: [name for name in module._kept_state if dot + name not in state_dict]
+        for dot, module in _upgrading(root, prefix)
+    }
+    missing = [f"{path!r} ({', '.join(names)})" for path, names in kept.items() if names]
+    if missing:
+        warnings.warn(
+            f"this state_dict lacks parameters that torch.ao never saves: of {_listed(missing)}. They stay as they "
+            "are: load it into a model that was calibrated on the same data, or set them.",
+            stacklevel=_CALLER,
+        )
 
 
 def has_state_check(root: nn.Module) -> bool:

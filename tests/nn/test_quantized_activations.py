@@ -182,6 +182,7 @@ def test_convert_gives_torch_aos_module_and_parameters(name: str, training: bool
     assert ours.module(ours.quant(x)).q_scale() == pytest.approx(scale, rel=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:this state_dict lacks parameters that torch.ao never saves:UserWarning")
 @pytest.mark.parametrize("name", [name for name in FLOAT if name != "PReLU"])  # whose slopes torch.ao does not save
 def test_files_of_torch_ao_load(name: str, ao: Oracle) -> None:
     models, x = [], images()

@@ -101,8 +101,7 @@ class _Pointwise(_Activation):
 
 
 class _ParametersUnknownToOldFiles(_Activation):
-    # files of torch.ao do not have them: the model keeps its own, as there
-    _optional_state = (*RequantizingModule._optional_state, "scale", "zero_point")
+    _kept_state: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
 
 
 class Hardswish(_Pointwise, nn.Hardswish):

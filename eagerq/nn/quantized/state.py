@@ -64,7 +64,8 @@ class QuantizedModule(UpgradingModule):
         unexpected_keys += [key for key in others if key[len(prefix) :] not in names]
         given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if strict:
-            missing_keys += [prefix + name for name in known if name not in (*given, *self._optional_state)]
+            needless = {*given, *self._optional_state, *self._kept_state}
+            missing_keys += [prefix + name for name in known if name not in needless]
         checks = (
             misfit(prefix + name, value, known[name], name in self._resizable)
             for name, value in given.items()
