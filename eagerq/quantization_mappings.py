@@ -15,7 +15,8 @@ from eagerq.intrinsic import quantized as intrinsic_quantized
 from eagerq.intrinsic.quantized import dynamic as intrinsic_dynamic
 from eagerq.nn import qat, quantizable, quantized
 from eagerq.nn.qat import dynamic as qat_dynamic
-from eagerq.nn.quantized import dynamic, functional, normalization
+from eagerq.nn.quantized import dynamic, functional
+from eagerq.nn.quantized.functional import normalization
 from eagerq.stubs import DeQuantStub, QuantStub
 from eagerq.twins import DEFAULT_MODULE_TO_ACT_POST_PROCESS
 

@@ -29,14 +29,14 @@ def int8_class(name: str, package: Any = quantized, fused: Any = intrinsic_quant
 
 
 def float_layer(name: str, affine: bool = True, fused: ModuleType = intrinsic) -> Any:
-    """With six channels and parameters that are not the initial ones, in eval mode."""
+    """With six channels and nothing that is as by default, in eval mode."""
     arguments: tuple[Any, ...] = {"LayerNorm": ([6, 5],), "GroupNorm": (3, 6)}.get(name, (6,))
     option = "elementwise_affine" if name == "LayerNorm" else "affine"
     if name.startswith("BNReLU"):
-        inner: Any = getattr(nn, f"BatchNorm{name[-2:]}")(6, affine=affine)
+        inner: Any = getattr(nn, f"BatchNorm{name[-2:]}")(6, eps=1e-3, affine=affine)
         layer: Any = getattr(fused, name)(inner, nn.ReLU())
     else:
-        layer = inner = getattr(nn, name)(*arguments, **{option: affine})
+        layer = inner = getattr(nn, name)(*arguments, eps=1e-3, **{option: affine})
     generator = torch.Generator().manual_seed(1)
     if affine:
         inner.weight.data = torch.rand(inner.weight.shape, generator=generator) * 2 - 0.5

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 import eagerq
 from eagerq import QTensor
-from eagerq.errors import InvalidInputError
+from eagerq.errors import InvalidInputError, NotQuantizedError
 from eagerq.nn import quantized
-from eagerq.nn.quantized.normalization import group_norm, instance_norm, layer_norm
+from eagerq.nn.quantized.functional.normalization import group_norm, instance_norm, layer_norm
 
 names = pytest.mark.parametrize("name", NAMES)
 # torch itself, of a layer that the mapping of torch.ao makes with as many channels as it is given
@@ -184,13 +184,33 @@ def test_functions(ao: Oracle, name: str) -> None:
     assert (y.q_scale(), y.q_zero_point()) == (0.02, 120)
 
 
-def test_functions_refuse_real_numbers() -> None:
-    for function in (
-        lambda x: layer_norm(x, [5], None, None, 1e-5, 1.0, 0),
-        lambda x: instance_norm(x, None, None, 1e-5, 1.0, 0),
-    ):
-        with pytest.raises(InvalidInputError, match="QuantStub"):
-            function(torch.randn(2, 3, 5))
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, *rest: layer_norm(x, [5], None, None, *rest),
+        lambda x, *rest: group_norm(x, 3, None, None, *rest),
+        lambda x, *rest: instance_norm(x, None, None, *rest),
+    ],
+)
+def test_functions_refuse_real_numbers(call: Any) -> None:
+    with pytest.raises(NotQuantizedError, match=r"norm' must be quantized.*QuantStub"):
+        call(torch.randn(2, 6, 5), 1e-5, 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, *rest: layer_norm(x, [4], None, None, *rest),
+        lambda x, *rest: layer_norm(x, [5], torch.ones(4), None, *rest),
+        lambda x, *rest: group_norm(x, 4, None, None, *rest),
+        lambda x, *rest: group_norm(x, 3, None, torch.ones(3), *rest),
+        lambda x, *rest: instance_norm(x, torch.ones(3), None, *rest),
+        lambda x, *rest: instance_norm(x[0, 0], None, None, *rest),
+    ],
+)
+def test_functions_refuse_other_shapes(call: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"quantized\..*_norm.*got"):
+        call(some_input("InstanceNorm1d"), 1e-5, 1.0, 0)
 
 
 # --- what torch.ao gets wrong, or cannot do ----------------------------------------------------------

@@ -141,11 +141,11 @@ def _centred(steps: Tensor, zero_point: Tensor, axis: int | None, kind: IntegerT
     return torch.where(fits.reshape(shape), centred, steps), torch.where(fits, 0, zero_point)
 
 
-def expect_quantized(module: nn.Module | None, x: Any) -> QTensor:
+def expect_quantized(module: nn.Module, x: Any) -> QTensor:
     """``x``, if it is a QTensor with one scale.
 
     Raises:
-        InvalidInputError: naming the module (if there is one), for anything else.
+        InvalidInputError: naming the module, for anything else.
     """
     if isinstance(x, QTensor):
         if x.axis is None:

@@ -12,15 +12,11 @@ from eagerq.errors import InvalidArgumentError, InvalidInputError
 from eagerq.nn.quantized.base import Output, RequantizingModule, expect_quantized
 from eagerq.nn.quantized.state import StoredTensors
 from eagerq.qtensor import QTensor
-from eagerq.scheme import integer_type
 
 __all__ = [
     "GroupNorm",
     "LayerNorm",
     "Normalization",
-    "group_norm",
-    "instance_norm",
-    "layer_norm",
     "wrong_shape",
 ]
 
@@ -230,70 +226,3 @@ class GroupNorm(Normalization):
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, {super().extra_repr()}"
-
-
-def _applied(kernel: Any, input: Any, *arguments: Any) -> QTensor:
-    """A kernel on a QTensor; the last two arguments are the result's parameters, its dtype is the input's."""
-    x = expect_quantized(None, input)
-    kind = integer_type(x.integers.dtype)
-    *others, scale, zero_point = arguments
-    scale, zero_point = float(scale), int(zero_point)
-    output = (scale, zero_point, kind.storage, kind.minimum, kind.maximum)
-    return QTensor(kernel(x.integers, x.scale, x.zero_point, *others, *output), scale, zero_point)
-
-
-def layer_norm(
-    input: QTensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    output_scale: float,
-    output_zero_point: int,
-) -> QTensor:
-    """:func:`torch.nn.functional.layer_norm` of a QTensor ``[…, *normalized_shape]``.
-
-    Raises:
-        InvalidInputError: for a float tensor.
-
-    Example:
-        >>> import torch, eagerq
-        >>> x = eagerq.quantize_per_tensor(torch.tensor([[-1.0, 0.0, 1.0]]), 0.1, 128, torch.uint8)
-        >>> layer_norm(x, [3], None, None, 1e-5, 0.5, 2).int_repr()
-        tensor([[0, 2, 4]], dtype=torch.uint8)
-    """
-    shape = list(normalized_shape)
-    return _applied(kernels.layer_norm, input, shape, weight, bias, eps, output_scale, output_zero_point)
-
-
-def group_norm(
-    input: QTensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    output_scale: float,
-    output_zero_point: int,
-) -> QTensor:
-    """:func:`torch.nn.functional.group_norm` of a QTensor ``[N, C, …]``.
-
-    Raises:
-        InvalidInputError: for a float tensor.
-    """
-    return _applied(kernels.group_norm, input, num_groups, weight, bias, eps, output_scale, output_zero_point)
-
-
-def instance_norm(
-    input: QTensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    output_scale: float,
-    output_zero_point: int,
-) -> QTensor:
-    """:func:`torch.nn.functional.instance_norm` of a QTensor ``[N, C, …]``, by its own statistics.
-
-    Raises:
-        InvalidInputError: for a float tensor.
-    """
-    return group_norm(input, input.shape[1], weight, bias, eps, output_scale, output_zero_point)
