@@ -117,6 +117,11 @@ ROWS: tuple[Row, ...] = (
     Row((nn.LayerNorm,), quantized=quantized.LayerNorm),
     Row((nn.BatchNorm2d, nn.ReLU), intrinsic.BNReLU2d, None, intrinsic_quantized.BNReLU2d),
     Row((nn.BatchNorm3d, nn.ReLU), intrinsic.BNReLU3d, None, intrinsic_quantized.BNReLU3d),
+    # no fuser makes these: they are built by hand
+    Row((intrinsic.ConvAdd2d,), quantized=intrinsic_quantized.ConvAdd2d),
+    Row((intrinsic.ConvAddReLU2d,), quantized=intrinsic_quantized.ConvAddReLU2d),
+    Row((intrinsic.LinearLeakyReLU,), quantized=intrinsic_quantized.LinearLeakyReLU),
+    Row((intrinsic.LinearTanh,), quantized=intrinsic_quantized.LinearTanh),
     # embeddings take no activations that could be quantized: both their forms are the same
     Row((nn.Embedding,), None, qat.Embedding, quantized.Embedding, quantized.Embedding, trained_by_default=False),
     Row(

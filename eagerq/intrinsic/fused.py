@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from eagerq.errors import InvalidConfigError
@@ -12,6 +13,8 @@ from eagerq.errors import InvalidConfigError
 __all__ = [
     "BNReLU2d",
     "BNReLU3d",
+    "ConvAdd2d",
+    "ConvAddReLU2d",
     "ConvBn1d",
     "ConvBn2d",
     "ConvBn3d",
@@ -22,7 +25,9 @@ __all__ = [
     "ConvReLU2d",
     "ConvReLU3d",
     "LinearBn1d",
+    "LinearLeakyReLU",
     "LinearReLU",
+    "LinearTanh",
     "_FusedModule",
 ]
 
@@ -122,3 +127,62 @@ class BNReLU3d(_FusedModule):
     """BatchNorm3d, ReLU."""
 
     _PARTS = (nn.BatchNorm3d, nn.ReLU)
+
+
+class LinearLeakyReLU(_FusedModule):
+    """Linear, LeakyReLU."""
+
+    _PARTS = (nn.Linear, nn.LeakyReLU)
+
+
+class LinearTanh(_FusedModule):
+    """Linear, Tanh."""
+
+    _PARTS = (nn.Linear, nn.Tanh)
+
+
+class _ConvAdd(_FusedModule):
+    _PARTS = (nn.Conv2d,)
+
+    def __init__(self, conv: nn.Module, add: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(conv)
+        self.add: Any = add
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:  # type: ignore[override]
+        """``add(conv(x1), x2)``."""
+        total: Tensor = self.add(self[0](x1), x2)
+        return total
+
+
+class ConvAdd2d(_ConvAdd):
+    """Conv2d and the addition of a second input; built by hand, since no sequence of modules tells of it.
+
+    Args:
+        conv: the convolution of the first input.
+        add: adds the two, a function such as :func:`torch.add` or a module.
+
+    Example:
+        >>> import torch
+        >>> layer = ConvAdd2d(nn.Conv2d(3, 4, 1), torch.add)
+        >>> layer(torch.randn(1, 3, 5, 5), torch.randn(1, 4, 5, 5)).shape
+        torch.Size([1, 4, 5, 5])
+    """
+
+
+class ConvAddReLU2d(_ConvAdd):
+    """As :class:`ConvAdd2d`, with a ReLU behind.
+
+    Args:
+        relu: the activation, a function or a module.
+    """
+
+    def __init__(
+        self, conv: nn.Module, add: Callable[[Tensor, Tensor], Tensor], relu: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(conv, add)
+        self.relu: Any = relu
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:  # type: ignore[override]
+        """``relu(add(conv(x1), x2))``."""
+        y: Tensor = self.relu(super().forward(x1, x2))
+        return y

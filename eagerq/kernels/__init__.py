@@ -11,6 +11,7 @@ from eagerq.kernels.reference import (
     dequantize_per_channel,
     mul,
     quantize_per_channel,
+    requantize,
 )
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "prelu",
     "quantize",
     "quantize_per_channel",
+    "requantize",
     "to_float16",
 ]

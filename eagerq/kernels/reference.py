@@ -26,6 +26,7 @@ __all__ = [
     "quantize",
     "quantize_per_channel",
     "reciprocal",
+    "requantize",
     "requantized",
     "scaled",
     "single",
@@ -112,6 +113,11 @@ def _requantize(
         y.add_(bias.reshape(shape))
     if dtype.is_floating_point:  # real numbers are asked for
         return y.to(dtype)
+    return requantize(y, scale, zero_point, dtype, low, high)
+
+
+def requantize(y: Tensor, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:
+    """A layer's real results as integers, ``round(y·(1/scale) + zero_point)`` in two roundings; consumes ``y``."""
     return _stored(y.mul_(reciprocal(scale)).add_(zero_point).round_(), dtype, low, high)
 
 

@@ -228,6 +228,11 @@ class RequantizingModule(QuantizedModule):
         output = self.output
         return max(output.low, output.zero_point) if self.post_op == "relu" else output.low
 
+    @property
+    def _clamped_output(self) -> Output:
+        """The output with a fused ReLU in its range."""
+        return self.output._replace(low=self._low)
+
     @classmethod
     def _check_float(cls, mod: nn.Module) -> None:
         accepted = cls._FLOAT_MODULE if isinstance(cls._FLOAT_MODULE, tuple) else (cls._FLOAT_MODULE,)
@@ -298,6 +303,11 @@ class WeightAndBias(IntegerWeight):
         self._bias = None if b is None else b.detach().float()
 
     @classmethod
+    def _more_arguments(cls, mod: Any) -> dict[str, Any]:
+        """Constructor arguments that a fused float module's other parts tell."""
+        return {}
+
+    @classmethod
     def _weight_observer(cls, mod: Any) -> Any:
         """A new observer for the weight of a float module."""
         return mod.qconfig.weight()
@@ -337,7 +347,7 @@ class WeightedQuantizedModule(WeightAndBias, RequantizingModule):
             if refresh:
                 observer = cls._weight_observer(mod).to(source.weight.device)
         weight, bias = source.folded(as_trained) if trained else (source.weight, source.bias)
-        new = cls(**cls._arguments(source))
+        new = cls(**cls._arguments(source), **cls._more_arguments(mod))
         qweight = quantize_weight(mod, weight.detach(), observer, as_trained, refresh)
         new.set_weight_bias(qweight, bias)
         new.output = output

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.utils import _ntuple
 
 from eagerq import kernels
 from eagerq.errors import InvalidArgumentError, InvalidInputError
-from eagerq.nn.quantized.base import WeightedQuantizedModule, expect_quantized
+from eagerq.nn.quantized.base import Output, WeightedQuantizedModule, expect_quantized
 from eagerq.qtensor import QTensor
 
 __all__ = ["AnyConv", "Conv1d", "Conv2d", "Conv3d"]
@@ -136,33 +136,21 @@ class _ConvNd(AnyConv):
         arguments = {name: getattr(module, name) for name in (*names, "padding_mode")}
         return {**arguments, "bias": module.bias is not None}
 
-    def forward(self, x: QTensor) -> QTensor:
+    def _convolve(self, x: Any, output: Output) -> Tensor:
+        """Convolution and bias, requantized to ``output``, or left real in its float dtype."""
         x = self._check_input(x)
         integers = x.integers
         if self._around is not None:
             zeros = self.padding_mode == "zeros"
             mode = "constant" if zeros else self.padding_mode
             integers = F.pad(integers, self._around, mode, x.zero_point if zeros else None)
-        scale, zero_point, dtype, _, high = self.output
-        y = kernels.conv(
-            integers,
-            x.scale,
-            x.zero_point,
-            self._weight,
-            self._weight_scale,
-            self._weight_zero_point,
-            self._bias,
-            self._stride,
-            self._padding,
-            self._dilation,
-            self.groups,
-            scale,
-            zero_point,
-            dtype,
-            self._low,
-            high,
-        )
-        return QTensor(y, scale, zero_point)
+        parameters = (self._weight, self._weight_scale, self._weight_zero_point, self._bias)
+        how = (self._stride, self._padding, self._dilation, self.groups)
+        return kernels.conv(integers, x.scale, x.zero_point, *parameters, *how, *output)
+
+    def forward(self, x: QTensor) -> QTensor:
+        output = self._clamped_output
+        return QTensor(self._convolve(x, output), output.scale, output.zero_point)
 
 
 class Conv1d(_ConvNd):

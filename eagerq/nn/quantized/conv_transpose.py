@@ -96,27 +96,11 @@ class _ConvTransposeNd(AnyConv):
                 *(x.integers, list(output_size), self._stride, list(self.padding), list(self.kernel_size), self._dim),
                 self._dilation,
             )
-        scale, zero_point, dtype, _, high = self.output
-        y = kernels.conv_transpose(
-            x.integers,
-            x.scale,
-            x.zero_point,
-            self._weight,
-            self._weight_scale,
-            self._weight_zero_point,
-            self._bias,
-            self._stride,
-            list(self.padding),
-            more,
-            self._dilation,
-            self.groups,
-            scale,
-            zero_point,
-            dtype,
-            self._low,
-            high,
-        )
-        return QTensor(y, scale, zero_point)
+        output = self._clamped_output
+        parameters = (self._weight, self._weight_scale, self._weight_zero_point, self._bias)
+        how = (self._stride, list(self.padding), more, self._dilation, self.groups)
+        y = kernels.conv_transpose(x.integers, x.scale, x.zero_point, *parameters, *how, *output)
+        return QTensor(y, output.scale, output.zero_point)
 
 
 class ConvTranspose1d(_ConvTransposeNd):

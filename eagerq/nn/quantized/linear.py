@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from eagerq import kernels
 from eagerq.errors import InvalidInputError
-from eagerq.nn.quantized.base import WeightAndBias, WeightedQuantizedModule, expect_quantized
+from eagerq.nn.quantized.base import Output, WeightAndBias, WeightedQuantizedModule, expect_quantized
 from eagerq.qtensor import QTensor
 
 __all__ = ["Linear", "LinearShape"]
@@ -68,26 +68,16 @@ class Linear(LinearShape, WeightedQuantizedModule):
 
     _FLOAT_MODULE: ClassVar[Any] = nn.Linear
 
-    def forward(self, x: QTensor) -> QTensor:
+    def _multiply(self, x: Any, output: Output) -> Tensor:
+        """Product and bias, requantized to ``output``, or left real in its float dtype."""
         x = expect_quantized(self, x)
-        integers = x.integers
-        self._check_width(integers)
-        scale, zero_point, dtype, _, high = self.output
-        y = kernels.linear(
-            integers,
-            x.scale,
-            x.zero_point,
-            self._weight,
-            self._weight_scale,
-            self._weight_zero_point,
-            self._bias,
-            scale,
-            zero_point,
-            dtype,
-            self._low,
-            high,
-        )
-        return QTensor(y, scale, zero_point)
+        self._check_width(x.integers)
+        parameters = (self._weight, self._weight_scale, self._weight_zero_point, self._bias)
+        return kernels.linear(x.integers, x.scale, x.zero_point, *parameters, *output)
+
+    def forward(self, x: QTensor) -> QTensor:
+        output = self._clamped_output
+        return QTensor(self._multiply(x, output), output.scale, output.zero_point)
 
     def _get_name(self) -> str:
         return f"Quantized{type(self).__name__}"
