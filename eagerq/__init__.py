@@ -145,6 +145,7 @@ from eagerq.quantization_mappings import (
     get_embedding_static_quant_module_mappings,
     get_quantized_operator,
     get_static_quant_module_class,
+    no_observer_set,
 )
 from eagerq.quantize import (
     add_quant_dequant,
@@ -299,6 +300,7 @@ __all__ = [
     "get_embedding_static_quant_module_mappings",
     "get_quantized_operator",
     "get_static_quant_module_class",
+    "no_observer_set",
     # the flow
     "add_quant_dequant",
     "convert",

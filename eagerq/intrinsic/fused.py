@@ -41,7 +41,8 @@ class _FusedModule(nn.Sequential):
 
     _PARTS: ClassVar[tuple[type[nn.Module], ...]] = ()
 
-    def __init__(self, *parts: nn.Module) -> None:
+    def __init__(self, *parts: nn.Module, **named: nn.Module) -> None:
+        parts = (*parts, *named.values())  # conv=…, bn=…, relu=…
         kinds = tuple(type_before_parametrizations(part) for part in parts)
         wanted = self._PARTS
         if wanted and (len(kinds) != len(wanted) or not all(map(issubclass, kinds, wanted))):

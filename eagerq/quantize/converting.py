@@ -225,16 +225,16 @@ def quantize_qat(
     model: nn.Module,
     run_fn: Callable[..., Any],
     run_args: Sequence[Any],
-    mapping: ModuleMap | None = None,
     inplace: bool = False,
+    mapping: ModuleMap | None = None,
 ) -> nn.Module:
     """QAT in one go: :func:`prepare_qat`, ``run_fn(model, *run_args)`` (which trains), :func:`convert`.
 
     Args:
         model: float model with a qconfig.
         run_fn: trains the prepared model.
-        mapping: float class to QAT class; see :func:`prepare_qat`.
         inplace: change ``model`` itself rather than a copy.
+        mapping: float class to QAT class; see :func:`prepare_qat`.
     """
     if not inplace:
         model = copy.deepcopy(model)
