@@ -84,7 +84,10 @@ def test_pooling_and_interpolation(name: str, ao: Oracle) -> None:
     q = images(2, 3, 4, 5, 6) if name in ON_VOLUMES else images()
     call = (ON_IMAGES | ON_VOLUMES)[name]
     got, wanted = call(qF, q), call(functions(ao), twin(q))
-    assert torch.equal(got.int_repr(), wanted.int_repr())
+    exact = call(F, q.int_repr().double() - q.zero_point)
+    tie = (exact - exact.floor() - 0.5).abs() < 1e-4  # there torch's builds part
+    assert torch.equal(got.int_repr()[~tie], wanted.int_repr()[~tie])
+    assert torch.equal(got.int_repr()[tie], (exact[tie] + q.zero_point).round().to(torch.uint8))
     assert (got.q_scale(), got.q_zero_point()) == (q.scale, q.zero_point)
 
 

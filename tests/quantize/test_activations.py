@@ -23,7 +23,7 @@ class Net(nn.Module):
     def __init__(self, library: Any) -> None:
         super().__init__()
         self.quant, self.dequant = library.QuantStub(), library.DeQuantStub()
-        self.elu, self.hardswish, self.leaky_relu = nn.ELU(), nn.Hardswish(inplace=True), nn.LeakyReLU(inplace=True)
+        self.elu, self.hardswish, self.leaky_relu = nn.ELU(), nn.Hardswish(inplace=True), nn.LeakyReLU()
         self.relu6, self.relu, self.dropout = nn.ReLU6(inplace=True), nn.ReLU(), nn.Dropout(0.0)
         self.hardsigmoid, self.sigmoid, self.tanh = nn.Hardsigmoid(), nn.Sigmoid(), nn.Tanh()
 
