@@ -152,6 +152,12 @@ def test_prelu_learned_slopes(slopes: list[float], per_channel: bool, dtype: tor
     exact = F.prelu(q.dequantize().double(), learned.double()).clamp((0 - layer.zero_point) * layer.scale)
     exact = exact.clamp(max=(255 - layer.zero_point) * layer.scale)
     assert (layer(q).dequantize() - exact).abs().max() <= layer.scale * 0.501
+    # whatever the observer's type, the state is one, so that another layer of its shape can load it
+    assert layer.state_dict()["weight"].dtype is torch.uint8
+    if layer.state_dict()["weight_scale"].numel() == 1:
+        other = quantized.PReLU(1.0, 0, 8)
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other(q).int_repr(), layer(q).int_repr())
 
 
 @pytest.mark.parametrize(

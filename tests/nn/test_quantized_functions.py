@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +102,25 @@ def test_activations(name: str, ao: Oracle, data: st.DataObject) -> None:
     got = ACTIVATIONS[name](qF, q.clone(), *output)
     assert torch.equal(got.int_repr(), wanted.int_repr())
     assert (got.q_scale(), got.q_zero_point()) == (wanted.q_scale(), wanted.q_zero_point())
+
+
+@pytest.mark.parametrize("name", ["celu", "elu", "hardswish", "leaky_relu"])
+@given(seed=st.integers(0, 2**31))
+def test_activations_next_to_ties(name: str, ao: Oracle, seed: int) -> None:
+    # where the last bit of each step of the calculation tells
+    generator = random.Random(seed)
+    q = QTensor(torch.arange(256, dtype=torch.uint8), generator.uniform(0.001, 0.3), generator.randrange(256))
+    real = {"celu": F.celu, "elu": F.elu, "hardswish": F.hardswish, "leaky_relu": F.leaky_relu}[name](q.dequantize())
+    tie = generator.randrange(120) + 0.5
+    scale = real[generator.randrange(256)].abs().item() / tie * (1 + generator.uniform(-1e-7, 1e-7)) or 0.1
+    calls: dict[str, Callable[[Any, Any], Any]] = {
+        "celu": lambda f, x: f.celu(x, scale, 120),
+        "elu": lambda f, x: f.elu(x, scale, 120),
+        "hardswish": lambda f, x: f.hardswish(x, scale, 120),
+        "leaky_relu": lambda f, x: f.leaky_relu(x, 0.01, False, scale, 120),
+    }
+    wanted = calls[name](functions(ao), twin(q))
+    assert torch.equal(calls[name](qF, q).int_repr(), wanted.int_repr())
 
 
 def test_in_place() -> None:
