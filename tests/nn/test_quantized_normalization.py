@@ -240,7 +240,7 @@ def test_instance_norm_without_a_batch(name: str) -> None:
 
 def test_group_norm_of_vectors() -> None:
     layer, x = float_layer("GroupNorm"), some_input("GroupNorm")[:, :, 0, 0]
-    int8 = quantized.GroupNorm(3, 6, layer.weight, layer.bias, 0.02, 100)
+    int8 = quantized.GroupNorm(3, 6, layer.weight, layer.bias, 0.02, 100, layer.eps)
     assert_close(int8(x), layer(x.dequantize()))
 
 
