@@ -107,11 +107,12 @@ def test_layouts(name: str) -> None:
     check()
 
 
-def test_result_lies_as_the_input_does() -> None:
+@pytest.mark.parametrize("block", [2**18, 50])
+def test_result_lies_as_the_input_does(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer norm's is contiguous, as its groups are."""
-    x = torch.randint(0, 256, (2, 4, 3, 5), dtype=torch.uint8)
-    last = x.contiguous(memory_format=torch.channels_last)
-    for given_x in (x, last, x.transpose(0, 3)):
+    monkeypatch.setattr(normalization, "_BLOCK", block)
+    x = torch.randint(0, 256, (5, 4, 3, 6), dtype=torch.uint8)
+    for given_x in (x, laid_out(x, "channels last"), laid_out(x, "transposed"), laid_out(x[0], "transposed")):
         y = kernels.group_norm(given_x, 0.1, 3, given_x.shape[1], None, None, 1e-5, 0.1, 3, torch.uint8, 0, 255)
         assert y.stride() == given_x.stride()
         y = kernels.layer_norm(given_x, 0.1, 3, given_x.shape[-1:], None, None, 1e-5, 0.1, 3, torch.uint8, 0, 255)
@@ -130,7 +131,6 @@ def test_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(normalization, "_BLOCK", 50)
             parts = run(name, call)
         assert torch.equal(parts, whole)
-        assert parts.stride() == whole.stride()
 
     check()
 

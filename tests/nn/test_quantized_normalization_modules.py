@@ -86,6 +86,7 @@ def test_new_layers() -> None:
     assert layer.bias is None
     assert list(layer.state_dict()) == ["weight", "scale", "zero_point"]
     assert quantized.LayerNorm(4, None, None, 1.0, 0).normalized_shape == (4,)
+    assert quantized.LayerNorm(4, torch.ones(4).bfloat16(), None, 1.0, 0).weight.dtype is torch.float32
     signed = quantized.GroupNorm(1, 6, None, None, 0.5, -3)(some_input("GroupNorm"))
     assert (signed.dtype, signed.q_zero_point()) == (torch.int8, -3)
 
