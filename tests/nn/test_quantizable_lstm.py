@@ -103,6 +103,17 @@ def test_a_cell_is_that_of_nn_lstm_cell(split_gates: bool) -> None:
         assert all(layer.qconfig is PTQ for layer in layers)
 
 
+def test_a_cell_says_what_it_starts_from() -> None:
+    cell = quantizable.LSTMCell(3, 5)
+    assert [value.tolist() for value in cell.initialize_hidden(2)] == [[[0.0] * 5] * 2] * 2
+    cell.initial_cell_state_qparams = (0.5, 3)
+    h, c = cell.initialize_hidden(2, is_quantized=True)
+    assert isinstance(h, eagerq.QTensor)
+    assert isinstance(c, eagerq.QTensor)
+    assert (h.q_scale(), h.q_zero_point(), c.q_scale(), c.q_zero_point()) == (1.0, 0, 0.5, 3)
+    assert c.int_repr().tolist() == [[3] * 5] * 2
+
+
 def test_dropout_runs_between_layers_in_training() -> None:
     config = eagerq.QConfig(activation=eagerq.NoopObserver, weight=eagerq.NoopObserver)
     lstm = nn.LSTM(4, 64, 2, dropout=0.5).eval()
@@ -128,7 +139,7 @@ def test_prepared_for_calibration_as_torch_ao_does(ao: Any, arguments: dict[str,
     cross(theirs, ours)
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(options)
 def test_prepared_for_training_as_torch_ao_does(ao: Any, arguments: dict[str, Any]) -> None:
     theirs, ours = prepared_pair(ao, nn.LSTM(**arguments), training=True)
@@ -194,3 +205,7 @@ def test_refusals() -> None:
         lstm(pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 3])))
     with pytest.raises(InvalidInputError, match="the sequence has no elements"):
         lstm(torch.randn(0, 2, 3))
+    with pytest.raises(InvalidInputError, match=r"expected shape \[length, batch, 3\].*got \(5, 2, 4\)"):
+        lstm(torch.randn(5, 2, 4))
+    with pytest.raises(InvalidInputError, match=r"the state has shape \(2, 2, 4\), expected \(1, 2, 4\)"):
+        lstm(torch.randn(5, 2, 3), (torch.randn(2, 2, 4), torch.randn(1, 2, 4)))

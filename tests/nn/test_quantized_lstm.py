@@ -55,7 +55,7 @@ def to_powers_of_two(model: nn.Module) -> None:
             high.copy_(reach * 127 / 128)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(options, st.integers(1, 6), st.booleans(), st.booleans(), st.booleans())
 def test_integers_are_those_of_torch_ao(
     ao: Any, arguments: dict[str, Any], length: int, training: bool, powers: bool, with_state: bool
@@ -93,8 +93,8 @@ FULL: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "batch_first": T
 
 def test_int8_stays_near_float_over_a_long_sequence() -> None:
     for changes in ({}, FULL):
-        lstm, model = converted(**changes, length=40)
-        x = torch.randn(WHOLE, 40, 6) if changes else torch.randn(40, WHOLE, 6)
+        lstm, model = converted(**changes, length=25)
+        x = torch.randn(WHOLE, 25, 6) if changes else torch.randn(25, WHOLE, 6)
         for got, wanted in zip(flat(model(x)), flat(lstm(x)), strict=True):
             assert (got - wanted).norm() < 0.1 * wanted.norm()
 
@@ -200,6 +200,22 @@ def test_prepared_checkpoints_cross_and_convert_to_the_same(ao: Any) -> None:
     theirs.load_state_dict(kept)
     x = torch.randn(5, WHOLE, 6)
     equal(eagerq.convert(ours.eval())(x), ao.quantization.convert(theirs.eval())(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_prepared_and_converted_on_a_device(device: torch.device, training: bool) -> None:
+    modules = nn.LSTM(6, WHOLE), nn.MultiheadAttention(6, 2, add_bias_kv=True, add_zero_attn=True)
+    for inner in modules:
+        model = Between(inner, eagerq).to(device).train(training)
+        model.qconfig = QAT if training else PTQ
+        model = (eagerq.prepare_qat if training else eagerq.prepare)(model)
+        inputs = [torch.randn(5, WHOLE, 6)] * (3 if inner is modules[1] else 1)
+        moved = [x.to(device) for x in inputs]
+        model(*moved)
+        int8 = eagerq.convert(model.eval())
+        assert all(value.device == torch.device(device) for value in flat(int8(*moved)))
+        for a, b in zip(flat(int8(*moved)), flat(copy.deepcopy(int8).cpu()(*inputs)), strict=True):
+            assert (a.cpu() - b).norm() <= 0.01 * b.norm()
 
 
 def test_refusals() -> None:

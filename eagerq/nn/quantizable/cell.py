@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.errors import InvalidArgumentError, InvalidConfigError
-from eagerq.nn.quantizable.parts import qconfig_of, zeros
+from eagerq.nn.quantizable.parts import qconfig_of
 from eagerq.nn.quantized.functional_modules import FloatFunctional
+from eagerq.qtensor import QTensor, quantize_per_tensor
 
 __all__ = ["LSTMCell", "State"]
 
@@ -101,14 +102,33 @@ class LSTMCell(nn.Module):
         """
         h, c = (None, None) if hidden is None else hidden
         if h is None or c is None:
-            shape = (x.shape[0], self.hidden_size)
-            h = zeros(x, shape, *self.initial_hidden_state_qparams, self.hidden_state_dtype)
-            c = zeros(x, shape, *self.initial_cell_state_qparams, self.cell_state_dtype)
+            h, c = self.initialize_hidden(x.shape[0], isinstance(x, QTensor), x)
         take, keep, new, show = self._gate_inputs(x, h)
         take, keep = self.input_gate(take), self.forget_gate(keep)
         new, show = self.cell_gate(new), self.output_gate(show)
         c = self.fgate_cx_igate_cgate.add(self.fgate_cx.mul(keep, c), self.igate_cgate.mul(take, new))
         return self.ogate_cy.mul(show, torch.tanh(c)), c
+
+    def initialize_hidden(self, batch_size: int, is_quantized: bool = False, like: Tensor | None = None) -> State:
+        """The state that a cell starts from when none is given: zeros, float or quantized.
+
+        Args:
+            like: the input, whose device (and, of float ones, dtype) they get.
+        """
+        shape = (batch_size, self.hidden_size)
+        real = torch.zeros(shape, dtype=None if is_quantized or like is None else like.dtype)
+        if like is not None:
+            real = real.to(like.device)
+        if not is_quantized:
+            return real, real.clone()
+        (h_scale, h_zero_point), (c_scale, c_zero_point) = (
+            self.initial_hidden_state_qparams,
+            self.initial_cell_state_qparams,
+        )
+        return (
+            quantize_per_tensor(real, h_scale, h_zero_point, self.hidden_state_dtype),
+            quantize_per_tensor(real, c_scale, c_zero_point, self.cell_state_dtype),
+        )
 
     def _get_name(self) -> str:
         return "QuantizableLSTMCell"

@@ -169,6 +169,14 @@ class LSTM(nn.Module):
             return [(start, start)] * self.num_layers
         if not isinstance(hidden[0], Tensor):  # a pair for each layer
             return list(hidden)
+        wanted = (self.num_layers * (1 + self.bidirectional), *shape[-2:])
+        for state in hidden:
+            if state.numel() != wanted[0] * wanted[1] * wanted[2]:
+                raise InvalidInputError(
+                    f"the state has shape {tuple(state.shape)}, expected {wanted}",
+                    module=self,
+                    remedy="pass hidden and cell state of all layers and directions, or none",
+                )
         h, c = (state.reshape(self.num_layers, *shape) for state in hidden)
         return list(zip(h.unbind(0), c.unbind(0), strict=True))
 
@@ -185,13 +193,20 @@ class LSTM(nn.Module):
             ``x`` is), and the last hidden and cell state of all layers, laid out as ``hidden``.
 
         Raises:
-            InvalidInputError: for a packed or empty sequence.
+            InvalidInputError: for a packed or empty sequence, or other shapes.
         """
         if not isinstance(x, Tensor):
             raise InvalidInputError(
                 f"expected a tensor, got a {type(x).__name__}",
                 module=self,
                 remedy="pad the sequences to one length (torch.nn.utils.rnn.pad_packed_sequence)",
+            )
+        if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
+            raise InvalidInputError(
+                f"expected shape [length, batch, {self.input_size}] or [length, {self.input_size}], "
+                f"got {tuple(x.shape)}",
+                module=self,
+                remedy="check input_size and batch_first",
             )
         batched = x.dim() == 3
         time_first = not (self.batch_first and batched)

@@ -114,16 +114,10 @@ def average(x: Tensor, dim: int) -> Tensor:
     return quantize_per_tensor(x.dequantize().mean(dim), x.scale, x.zero_point, x.integers.dtype)
 
 
-def zeros(
-    like: Tensor,
-    shape: Sequence[int],
-    scale: float | None = None,
-    zero_point: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def zeros(like: Tensor, shape: Sequence[int], scale: float | None = None, zero_point: int | None = None) -> Tensor:
     """Zeros beside ``like``: float, or a QTensor with its parameters where none are given."""
     if not isinstance(like, QTensor):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     zero_point = like.zero_point if zero_point is None else zero_point
-    integers = torch.full(shape, zero_point, dtype=dtype or like.integers.dtype, device=like.device)
+    integers = torch.full(shape, zero_point, dtype=like.integers.dtype, device=like.device)
     return QTensor(integers, like.scale if scale is None else scale, zero_point)
