@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from eagerq import kernels
 from eagerq.errors import CheckpointError
-from eagerq.scheme import IntegerType, integer_type, sharing
+from eagerq.scheme import IntegerType, integer_dtype, integer_type, sharing, uint4
 
 __all__ = ["UpgradingModule", "bad_qparams", "bad_range", "bad_scale", "from_torch_ao", "misfit", "rename", "restate"]
 
@@ -158,8 +159,11 @@ def _tensors(key: str, value: Any) -> dict[str, Any]:
                 remedy="quantize it per tensor, or along axis 0, before it is saved",
             )
         scale, zero_point = value.q_per_channel_scales(), value.q_per_channel_zero_points()
+    integers = value.int_repr().contiguous()
+    if integer_dtype(value.dtype) is uint4:  # its halves run on from one row to the next; ours begin each row anew
+        integers = kernels.pack_halves(kernels.unpack_halves(integers[None], value.numel()).reshape(value.shape))
     return {
-        key: value.int_repr().contiguous(),
+        key: integers,
         f"{key}_scale": scale.float(),
         f"{key}_zero_point": zero_point.to(torch.float32 if shared.float_zero_point else torch.int32),
     }

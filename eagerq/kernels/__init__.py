@@ -3,7 +3,7 @@
 from eagerq.kernels.activation import pointwise, prelu
 from eagerq.kernels.doors import cat, conv, conv_transpose, linear, matmul, quantize
 from eagerq.kernels.dynamic import linear_dynamic, linear_dynamic_float16, to_float16
-from eagerq.kernels.embedding import embedding, embedding_bag
+from eagerq.kernels.embedding import embedding, embedding_bag, pack_halves, unpack_halves
 from eagerq.kernels.normalization import batch_norm, group_norm, layer_norm
 from eagerq.kernels.reference import (
     add,
@@ -31,10 +31,12 @@ __all__ = [
     "linear_dynamic_float16",
     "matmul",
     "mul",
+    "pack_halves",
     "pointwise",
     "prelu",
     "quantize",
     "quantize_per_channel",
     "requantize",
     "to_float16",
+    "unpack_halves",
 ]

@@ -12,26 +12,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["embedding", "embedding_bag"]
+__all__ = ["embedding", "embedding_bag", "pack_halves", "unpack_halves"]
 
 # How many values a CPU makes real at a time: enough to share between threads, few enough for its caches.
 _PIECE = 1 << 20
 
 
-def _centred(indices: Tensor, weight: Tensor, zero_point: Tensor) -> Tensor:
+def pack_halves(integers: Tensor) -> Tensor:
+    """4-bit values ``[rows, columns]`` two a byte, ``[rows, ceil(columns / 2)]``: even columns in the low halves.
+
+    Example:
+        >>> pack_halves(torch.tensor([[1, 2, 3]], dtype=torch.uint8))
+        tensor([[33,  3]], dtype=torch.uint8)
+    """
+    integers = F.pad(integers, (0, integers.shape[1] % 2))
+    return integers[:, ::2] | (integers[:, 1::2] << 4)
+
+
+def unpack_halves(packed: Tensor, columns: int) -> Tensor:
+    """The ``columns`` values of each row that :func:`pack_halves` packed."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(1)[:, :columns]
+
+
+def _centred(indices: Tensor, weight: Tensor, zero_point: Tensor, columns: int | None) -> Tensor:
     """``weight[indices] - zero_point[indices]`` in float32; an index out of range is an IndexError."""
     # the result comes before the bytes: a heap whose last block is freed first is given back at every call
-    rows = torch.empty(indices.shape[0], weight.shape[1], dtype=torch.float32, device=weight.device)
-    return rows.copy_(weight.index_select(0, indices)).sub_(zero_point.index_select(0, indices)[:, None])
+    width = weight.shape[1] if columns is None else columns
+    rows = torch.empty(indices.shape[0], width, dtype=torch.float32, device=weight.device)
+    picked = weight.index_select(0, indices)
+    rows.copy_(picked if columns is None else unpack_halves(picked, columns))
+    return rows.sub_(zero_point.index_select(0, indices)[:, None])
 
 
-def embedding(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+def embedding(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, columns: int | None = None) -> Tensor:
     """The real values ``(q - zero_point)·scale`` of some rows of a table.
 
     Args:
         indices: int32 or int64, any shape.
-        weight: integers ``[rows, columns]``.
+        weight: integers ``[rows, columns]``, or 4-bit ones as of :func:`pack_halves`.
         scale, zero_point: float32 ``[rows]``.
+        columns: how many there are, of 4-bit integers only.
 
     Returns:
         float32 ``[*indices.shape, columns]``.
@@ -42,8 +62,8 @@ def embedding(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor
         tensor([[0., 1.]])
     """
     flat = indices.reshape(-1)
-    rows = _centred(flat, weight, zero_point).mul_(scale.index_select(0, flat)[:, None])
-    return rows.reshape(*indices.shape, weight.shape[1])
+    rows = _centred(flat, weight, zero_point, columns).mul_(scale.index_select(0, flat)[:, None])
+    return rows.reshape(*indices.shape, rows.shape[1])
 
 
 def embedding_bag(
@@ -56,12 +76,13 @@ def embedding_bag(
     per_sample_weights: Tensor | None,
     include_last_offset: bool,
     padding_idx: int | None,
+    columns: int | None = None,
 ) -> Tensor:
     """Sum, mean or maximum of the real rows of each bag; zeros for an empty one.
 
     Args:
         indices: int32 or int64, ``[n]``, or ``[bags, length]``.
-        weight, scale, zero_point: as for :func:`embedding`.
+        weight, scale, zero_point, columns: as for :func:`embedding`.
         offsets: where each bag starts in 1-d ``indices``; None for 2-d ones.
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
         per_sample_weights: a factor for each index, with ``"sum"`` only.
@@ -76,18 +97,18 @@ def embedding_bag(
         offsets, include_last_offset = torch.arange(bags, device=indices.device) * length, False
         indices = indices.reshape(-1)
         per_sample_weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
-    table = (weight, scale, zero_point)
-    count, columns = indices.shape[0], weight.shape[1]
+    table = (weight, scale, zero_point, columns)
+    count, width = indices.shape[0], weight.shape[1] if columns is None else columns
     if (
         torch.compiler.is_compiling()
         or indices.device.type != "cpu"
-        or count * columns <= 2 * _PIECE
+        or count * width <= 2 * _PIECE
         or not _in_order(offsets, count)  # torch's own operator says what is wrong
     ):
         return _bags(indices, *table, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
     starts = torch.cat([offsets, offsets.new_tensor([count])]) if not include_last_offset else offsets
     results = []
-    for first, last in _pieces(starts, columns):
+    for first, last in _pieces(starts, width):
         begin, end = int(starts[first]), int(starts[last])
         factors = None if per_sample_weights is None else per_sample_weights[begin:end]
         own = starts[first:last] - begin
@@ -114,6 +135,7 @@ def _bags(
     weight: Tensor,
     scale: Tensor,
     zero_point: Tensor,
+    columns: int | None,
     offsets: Tensor,
     mode: str,
     per_sample_weights: Tensor | None,
@@ -121,7 +143,7 @@ def _bags(
     padding_idx: int | None,
 ) -> Tensor:
     """:func:`embedding_bag` of 1-d indices, all at once."""
-    rows = _centred(indices, weight, zero_point)
+    rows = _centred(indices, weight, zero_point, columns)
     factor = scale.index_select(0, indices).to(torch.float32)
     padding = None if padding_idx is None else indices == padding_idx
     positions = torch.arange(indices.shape[0], device=offsets.device, dtype=offsets.dtype)

@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 from nn.tables import MODES, NAMES, bags, kinds, make, real_tables, relative, some_input
 from torch import Tensor, nn
 
-from eagerq.errors import InvalidConfigError, UnsupportedError
+from eagerq.errors import InvalidConfigError
 from eagerq.nn import qat as nnqat
 from eagerq.nn import quantized as nnq
 from eagerq.qconfig import (
     QConfig,
     default_embedding_qat_qconfig,
-    default_embedding_qat_qconfig_4bit,
     float_qparams_weight_only_qconfig,
-    float_qparams_weight_only_qconfig_4bit,
     get_default_qat_qconfig,
 )
 
@@ -311,9 +309,3 @@ def test_from_float_errors(name: str) -> None:
     module.qconfig = get_default_qat_qconfig("onednn")
     with pytest.raises(InvalidConfigError, match=r"torch\.per_channel_affine_float_qparams only"):
         cls.from_float(module)
-    module.qconfig = float_qparams_weight_only_qconfig_4bit
-    with pytest.raises(UnsupportedError, match=r"4 bits \(uint4\) are planned"):
-        cls.from_float(module)
-    trained = getattr(nnqat, name)(10, 5, qconfig=default_embedding_qat_qconfig_4bit)
-    with pytest.raises(UnsupportedError, match=r"4 bits \(uint4\) are planned"):
-        cls.from_float(trained)

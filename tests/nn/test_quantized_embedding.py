@@ -237,7 +237,7 @@ def test_state_is_plain_tensors(name: str) -> None:
 def test_state_of_another_table_is_refused(name: str) -> None:
     module = getattr(nnq, name)(12, 5, _weight=integer_table(12, 5))
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+    with pytest.raises(RuntimeError, match="weight has shape"):
         module.load_state_dict(getattr(nnq, name)(13, 5).state_dict())
     with pytest.raises(RuntimeError, match="weight_scale"):
         module.load_state_dict({"weight": before["weight"]})
@@ -264,8 +264,6 @@ def test_constructor_errors(name: str) -> None:
     old_name = getattr(torch, "quint8", None)
     if old_name is not None:
         assert cls(3, 2, dtype=old_name).dtype is torch.uint8
-    with pytest.raises(UnsupportedError, match="4 bits"):
-        cls(3, 2, dtype=torch.uint4)
     with pytest.raises(UnsupportedError, match=r"not in torch\.int8"):
         cls(3, 2, dtype=torch.int8)
     with pytest.raises(InvalidArgumentError, match="padding_idx 3 is none of the 3 rows"):

@@ -1,7 +1,8 @@
-"""Embeddings whose rows are stored in 8 bits; what they return is float."""
+"""Embeddings whose rows are stored in 8 or 4 bits; what they return is float."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -26,14 +27,10 @@ _Self = TypeVar("_Self", bound="Embedding")
 
 def _check_dtype(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
     stored = integer_dtype(dtype)
-    if stored is uint4:
+    if stored not in (torch.uint8, uint4):
         raise UnsupportedError(
-            "rows of 4 bits (uint4) are planned, but not there yet",
-            module=module,
-            remedy="use 8 bits: eagerq.default_embedding_qat_qconfig or eagerq.float_qparams_weight_only_qconfig",
+            f"rows are stored in uint8 or uint4, not in {dtype}", module=module, remedy="pass torch.uint8"
         )
-    if stored is not torch.uint8:
-        raise UnsupportedError(f"rows are stored in uint8, not in {dtype}", module=module, remedy="pass torch.uint8")
     return stored
 
 
@@ -46,10 +43,11 @@ def _within_norm(table: QTensor, max_norm: float, norm_type: float) -> QTensor:
 
 
 class Embedding(IntegerWeight):
-    """:class:`torch.nn.Embedding` on rows of ``uint8``, each with a float scale and zero point.
+    """:class:`torch.nn.Embedding` on rows of ``uint8`` or ``uint4``, each with a float scale and zero point.
 
     The state has ``weight`` (uint8 ``[num_embeddings, embedding_dim]``), ``weight_scale`` and
-    ``weight_zero_point`` (float32 ``[num_embeddings]``).
+    ``weight_zero_point`` (float32 ``[num_embeddings]``).  Of 4 bits there are two values a byte, the first
+    in the low half, so that the weight has ``ceil(embedding_dim / 2)`` columns.
 
     Args:
         num_embeddings, embedding_dim: rows and columns of the table.
@@ -57,7 +55,7 @@ class Embedding(IntegerWeight):
             :class:`torch.nn.Embedding`.  All but ``padding_idx`` are for training; rows over
             ``max_norm`` are scaled down once, by :meth:`from_float`.
         _weight: the table; zeros when left out.
-        dtype: ``torch.uint8``.
+        dtype: ``torch.uint8`` or ``torch.uint4``.
 
     Raises:
         UnsupportedError: for rows of another dtype.
@@ -102,17 +100,40 @@ class Embedding(IntegerWeight):
         self.sparse = sparse
         self.dtype = _check_dtype(self, dtype)
         if _weight is None:
-            integers = torch.zeros(num_embeddings, embedding_dim, dtype=self.dtype)
+            width = embedding_dim if self._columns is None else -(-embedding_dim // 2)
+            integers = torch.zeros(num_embeddings, width, dtype=torch.uint8)
             self._store(integers, torch.ones(num_embeddings), torch.zeros(num_embeddings))
         else:
             self._store(*self._parts(_weight))
 
+    @property
+    def _columns(self) -> int | None:
+        """How many 4-bit values a row has; None of whole bytes."""
+        return self.embedding_dim if self.dtype is uint4 else None
+
+    def weight(self) -> QTensor:
+        """The table, a value to each ``uint8``."""
+        integers = self._weight if self._columns is None else kernels.unpack_halves(self._weight, self._columns)
+        return QTensor(integers, self._weight_scale, self._weight_zero_point, 0)
+
+    def _state_problems(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        yield from super()._state_problems(state, prefix)
+        weight = state.get(prefix + "weight")
+        odd = self._columns is not None and self._columns % 2
+        if (
+            odd
+            and isinstance(weight, Tensor)
+            and weight.shape == self._weight.shape
+            and bool((weight[:, -1] > 15).any())
+        ):
+            yield f"{prefix}weight has more than {self._columns} values of 4 bits in a row"
+
     def _parts(self, w: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Integers, scales and zero points of a table, checked."""
-        if not isinstance(w, QTensor) or w.axis != 0 or w.integers.dtype is not self.dtype:
+        if not isinstance(w, QTensor) or w.axis != 0 or w.integers.dtype is not torch.uint8:
             got = f"dtype {w.integers.dtype}, axis {w.axis}" if isinstance(w, QTensor) else type(w).__name__
             raise InvalidConfigError(
-                f"the weight has to be a QTensor of {self.dtype} with a scale for each row (axis 0), got {got}",
+                f"the weight has to be a QTensor of torch.uint8 with a scale for each row (axis 0), got {got}",
                 module=self,
                 remedy="make it with eagerq.quantize_per_channel(w, scales, zero_points, 0, torch.uint8)",
             )
@@ -125,7 +146,16 @@ class Embedding(IntegerWeight):
                 module=self,
                 remedy="pass a table of num_embeddings rows and embedding_dim columns",
             )
-        return w.integers, w.scale.to(torch.float32), w.zero_point.to(torch.float32)
+        integers = w.integers
+        if self._columns is not None:
+            if integers.numel() and int(integers.max()) > 15:
+                raise InvalidConfigError(
+                    f"the weight has values up to {int(integers.max())}, which 4 bits do not hold",
+                    module=self,
+                    remedy="quantize it to 0 … 15, or pass dtype=torch.uint8",
+                )
+            integers = kernels.pack_halves(integers)
+        return integers, w.scale.to(torch.float32), w.zero_point.to(torch.float32)
 
     def set_weight(self, w: QTensor) -> None:
         """Adopt a table of quantized rows.
@@ -154,7 +184,8 @@ class Embedding(IntegerWeight):
             IndexError: for an index out of range.
         """
         self._check_indices(indices)
-        return kernels.embedding(indices, self._weight, self._weight_scale, self._weight_zero_point)
+        table = (self._weight, self._weight_scale, self._weight_zero_point, self._columns)
+        return kernels.embedding(indices, *table)
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:
@@ -165,7 +196,7 @@ class Embedding(IntegerWeight):
     def from_float(
         cls: type[_Self], mod: nn.Module, use_precomputed_fake_quant: bool = False, as_trained: bool = False
     ) -> _Self:
-        """The 8-bit module that a QAT or float module stands for; ``mod`` is left as it is.
+        """The module of 8 or 4 bits that a QAT or float module stands for; ``mod`` is left as it is.
 
         Args:
             mod: a QAT module, or a float one with a ``qconfig``; one without ``weight`` means
@@ -175,7 +206,7 @@ class Embedding(IntegerWeight):
 
         Raises:
             InvalidConfigError: for another class of module or another qscheme, or without a qconfig.
-            UnsupportedError: when the rows are to be of another dtype than uint8.
+            UnsupportedError: when the rows are to be of another dtype than uint8 or uint4.
         """
         if not isinstance(mod, cls._FLOAT_MODULE):
             raise InvalidConfigError(
@@ -197,12 +228,12 @@ class Embedding(IntegerWeight):
                 module=mod,
                 remedy="set its qconfig to eagerq.float_qparams_weight_only_qconfig",
             )
-        _check_dtype(mod, observer.dtype)
+        dtype = _check_dtype(mod, observer.dtype)
         refresh = not (trained and use_precomputed_fake_quant)
         table = quantize_weight(mod, float_module.weight.detach(), observer, as_trained, refresh)
         if float_module.max_norm is not None:
             table = _within_norm(table, float_module.max_norm, float_module.norm_type)
-        return cls(**cls._arguments(mod), _weight=table)
+        return cls(**cls._arguments(mod), _weight=table, dtype=dtype)
 
     def _get_name(self) -> str:
         return f"Quantized{type(self).__name__}"
@@ -216,7 +247,7 @@ class Embedding(IntegerWeight):
 
 
 class EmbeddingBag(Embedding):
-    """:class:`torch.nn.EmbeddingBag` on rows of ``uint8``; state and errors as for :class:`Embedding`.
+    """:class:`torch.nn.EmbeddingBag` on rows of ``uint8`` or ``uint4``; state and errors as for :class:`Embedding`.
 
     Args:
         mode: ``"sum"``, ``"mean"`` or ``"max"``.
@@ -292,6 +323,7 @@ class EmbeddingBag(Embedding):
             per_sample_weights,
             self.include_last_offset,
             self.padding_idx,
+            self._columns,
         )
 
     def _check_bags(self, indices: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None) -> None:
