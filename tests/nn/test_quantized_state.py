@@ -277,6 +277,35 @@ def test_a_layer_alone_takes_all_or_nothing(name: str, key: str) -> None:
     assert_same_layer(target, before, name)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_alone_is_unchanged_by_wrong_keys(name: str) -> None:
+    source, target, before = filled(name, 1).state_dict(), filled(name, 2), filled(name, 2)
+    lacking = {key: value for key, value in source.items() if key != "bias"}
+    for state in (lacking, {**source, "unknown": torch.zeros(1)}):
+        with pytest.raises(RuntimeError, match=r"Missing|Unexpected"):
+            target.load_state_dict(state)
+        assert_same_layer(target, before, name)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_new_layer_takes_scales_of_either_kind(name: str) -> None:
+    for per_channel in (True, False):
+        source, target = filled(name, 1, per_channel=per_channel), empty(name)
+        target.load_state_dict(source.state_dict())
+        assert_same_layer(target, source, name)
+        assert target.weight().qscheme() == source.weight().qscheme()
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0, float("inf")])
+@pytest.mark.parametrize("key", ["scale", "weight_scale"])
+def test_scales_that_are_none_are_refused(key: str, value: float) -> None:
+    target, before = filled("Linear", 2), filled("Linear", 2)
+    state = filled("Linear", 1).state_dict()
+    with pytest.raises(RuntimeError, match=rf"{key} holds"):
+        target.load_state_dict({**state, key: torch.full_like(state[key], value)})
+    assert_same_layer(target, before, "Linear")
+
+
 def test_missing_and_unknown_keys_are_told() -> None:
     state = filled("Linear", 1).state_dict()
     del state["bias"]

@@ -46,6 +46,15 @@ class QuantizedModule(UpgradingModule):
         for name, value in self._tensors().items():
             destination[prefix + name] = value
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module, but that one which is refused, for its keys too, leaves everything as it was."""
+        before = self._tensors()
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except BaseException:
+            self._take_tensors(before, assign=True)
+            raise
+
     def _load_from_state_dict(
         self,
         state_dict: MutableMapping[str, Any],
