@@ -66,6 +66,19 @@ def calls_for(name: str, integer_type: Any) -> st.SearchStrategy[Call]:
     return shaped_calls
 
 
+def torch_rounds_otherwise(name: str, call: Call, exact: Tensor) -> Tensor:
+    """Where torch.ao may be a step away: at ties, in what a line leaves over when cut into vector registers.
+
+    There it adds the zero point before it rounds.
+    """
+    if name != "LayerNorm":
+        return torch.zeros_like(exact, dtype=torch.bool)
+    length = torch.Size(call["normalized_shape"]).numel()
+    tie = (exact - exact.floor() - 0.5).abs() < 1e-4
+    left_over = torch.arange(length) >= length // 64 * 64
+    return tie & left_over.reshape(call["normalized_shape"])
+
+
 def assert_twins(ao: Oracle, name: str, call: Call) -> None:
     x = QTensor(call["x"], call["x_scale"], call["x_zero_point"])
     mine = build(int8_class(name), name, call)
@@ -81,10 +94,9 @@ def assert_twins(ao: Oracle, name: str, call: Call) -> None:
     if name in BATCH_NORMS:
         assert bool(same.all())
         return
-    lost = cancelled(call)
-    assert bool(same[~lost].all())
-    exact = in_float64(call).clamp(call["low"], call["high"])
-    assert bool(((y.int_repr().double() - exact).abs()[lost] <= 0.6).all())
+    lost, exact = cancelled(call), in_float64(call)
+    assert bool((same | lost | torch_rounds_otherwise(name, call, exact)).all())
+    assert bool(((y.int_repr().double() - exact.clamp(call["low"], call["high"])).abs()[lost] <= 0.6).all())
 
 
 @names
@@ -122,6 +134,17 @@ def test_last_bits(ao: Oracle, seed: int) -> None:
         theirs = build(int8_class(name, ao.quantized, ao.intrinsic_quantized), name, whole)
         wanted = theirs(torch._make_per_tensor_quantized_tensor(whole["x"], 0.03, 120))
         assert torch.equal(y.int_repr(), wanted.int_repr()), name
+
+
+def test_ties_of_layer_norm(ao: Oracle) -> None:
+    """Lines of one value are their bias: half a step, next to an odd zero point. One rule for all elements."""
+    bias = torch.full((70,), 0.5)
+    x = QTensor(torch.full((1, 70), 7, dtype=torch.uint8), 0.001, 0)
+    y = quantized.LayerNorm(70, None, bias, 1.0, 3)(x).int_repr()
+    theirs = ao.quantized.LayerNorm(70, None, nn.Parameter(bias), 1.0, 3)(twin_tensor(x)).int_repr()
+    assert torch.equal(y, torch.full_like(y, 3))
+    assert torch.equal(y[:, :64], theirs[:, :64])
+    assert int((y.int() - theirs.int()).abs().max()) <= 1
 
 
 def assert_close(y: QTensor, real: Tensor) -> None:
