@@ -175,7 +175,7 @@ def dynamic_qparams(low: Tensor, high: Tensor, quant_max: int) -> tuple[Tensor, 
         low, high: float32, 0-d, the input's range.
 
     Returns:
-        scale: float64 and zero point: float32, each 0-d; NaN for a range that is not finite.
+        scale: float64 and zero point: float32, each 0-d; the latter is NaN for a range that is not finite.
 
     Example:
         >>> scale, zero_point = dynamic_qparams(torch.tensor(-1.0), torch.tensor(3.0), 255)
@@ -183,8 +183,7 @@ def dynamic_qparams(low: Tensor, high: Tensor, quant_max: int) -> tuple[Tensor, 
         (0.0157, 64.0)
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = (high.double() - low) / quant_max
-    scale, zero_point = _fitted(low, high, 0, quant_max, scale.masked_fill(torch.isinf(scale), torch.nan))
+    scale, zero_point = _fitted(low, high, 0, quant_max, (high.double() - low) / quant_max)
     return scale, zero_point.clamp(0, quant_max).round_().float()
 
 

@@ -82,10 +82,16 @@ def _convolutions(dim: int) -> list[Row]:
     conv, bn = named(nn, "Conv"), named(nn, "BatchNorm")
     plain, with_relu = named(quantized, "Conv"), named(intrinsic_quantized, "ConvReLU")
     return [
-        Row((conv,), qat=named(qat, "Conv"), quantized=plain),
+        Row((conv,), None, named(qat, "Conv"), plain, named(dynamic, "Conv"), dynamic_by_default=False),
         Row((conv, nn.ReLU), named(intrinsic, "ConvReLU"), named(intrinsic_qat, "ConvReLU"), with_relu),
         Row((conv, bn), named(intrinsic, "ConvBn"), named(intrinsic_qat, "ConvBn"), plain),
         Row((conv, bn, nn.ReLU), named(intrinsic, "ConvBnReLU"), named(intrinsic_qat, "ConvBnReLU"), with_relu),
+        Row(
+            (named(nn, "ConvTranspose"),),
+            quantized=named(quantized, "ConvTranspose"),
+            dynamic=named(dynamic, "ConvTranspose"),
+            dynamic_by_default=False,
+        ),
     ]
 
 
@@ -95,9 +101,6 @@ ROWS: tuple[Row, ...] = (
     Row((DeQuantStub,), quantized=quantized.DeQuantize),
     Row((quantized.FloatFunctional,), quantized=quantized.QFunctional),
     *(row for dim in (1, 2, 3) for row in _convolutions(dim)),
-    Row((nn.ConvTranspose1d,), quantized=quantized.ConvTranspose1d),
-    Row((nn.ConvTranspose2d,), quantized=quantized.ConvTranspose2d),
-    Row((nn.ConvTranspose3d,), quantized=quantized.ConvTranspose3d),
     Row((nn.Linear,), None, qat.Linear, _Linear, dynamic.Linear, qat_dynamic=qat_dynamic.Linear),
     Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), None, qat.Linear, _Linear, dynamic.Linear),
     Row(

@@ -97,7 +97,8 @@ def remove_observers(root: nn.Module) -> None:
     """Take away qconfigs, observers and their hooks, of a module and all in it."""
     for module in root.modules():
         module.__dict__.pop("qconfig", None)
-        if isinstance(module._modules.get(OBSERVER), Observing):
+        # a fake quantizer keeps its own: that of a QAT layer which stays is still at work
+        if isinstance(module._modules.get(OBSERVER), Observing) and not isinstance(module, Observing):
             del module._modules[OBSERVER]
         for table in (module._forward_hooks, module._forward_pre_hooks):
             for number, hook in list(table.items()):

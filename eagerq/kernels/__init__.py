@@ -2,7 +2,13 @@
 
 from eagerq.kernels.activation import pointwise, prelu
 from eagerq.kernels.doors import cat, conv, conv_transpose, linear, matmul, quantize
-from eagerq.kernels.dynamic import linear_dynamic, linear_dynamic_float16, to_float16
+from eagerq.kernels.dynamic import (
+    conv_dynamic,
+    conv_transpose_dynamic,
+    linear_dynamic,
+    linear_dynamic_float16,
+    to_float16,
+)
 from eagerq.kernels.embedding import embedding, embedding_bag, pack_halves, unpack_halves
 from eagerq.kernels.normalization import batch_norm, group_norm, layer_norm
 from eagerq.kernels.reference import (
@@ -19,7 +25,9 @@ __all__ = [
     "batch_norm",
     "cat",
     "conv",
+    "conv_dynamic",
     "conv_transpose",
+    "conv_transpose_dynamic",
     "dequantize",
     "dequantize_per_channel",
     "embedding",

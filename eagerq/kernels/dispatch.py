@@ -32,6 +32,7 @@ class Kernel:
     def __init__(self, schema: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
         self.name = schema.partition("(")[0]
         self.reference = reference
+        self.fake = fake
         self._fast: dict[str, list[Callable[..., Any]]] = {}
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
@@ -42,9 +43,11 @@ class Kernel:
         self._check(fake)
 
     def _check(self, implementation: Callable[..., Any]) -> None:
-        parameters = list(inspect.signature(implementation).parameters)
-        if parameters != self._parameters:
-            raise TypeError(f"{self.name}: implementation takes {parameters}, schema {self._parameters}")
+        parameters = inspect.signature(implementation).parameters.values()
+        names = [one.name for one in parameters if one.kind is not one.VAR_POSITIONAL]
+        taken = names + self._parameters[len(names) :] if len(names) < len(parameters) else names  # the rest at once
+        if taken != self._parameters:
+            raise TypeError(f"{self.name}: implementation takes {names}, schema {self._parameters}")
 
     def register(self, device_type: str, implementation: Callable[..., Any]) -> None:
         """Offer a fast implementation for a device; it may return ``NotImplemented``."""

@@ -16,7 +16,7 @@ from eagerq.functional import dynamic_qparams
 from eagerq.kernels import doors, reference
 from eagerq.kernels.dispatch import Kernel
 
-__all__ = ["linear_dynamic", "linear_dynamic_float16", "to_float16"]
+__all__ = ["conv_dynamic", "conv_transpose_dynamic", "linear_dynamic", "linear_dynamic_float16", "to_float16"]
 
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_zero_point, Tensor? bias"
 # what a door is told to leave its result in real numbers
@@ -57,48 +57,41 @@ def _by_numbers(x: Tensor, reduce_range: bool) -> tuple[Tensor, float, int] | No
     return _steps(x, scale, zero_point), scale, zero_point
 
 
-def _linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    bias: Tensor | None,
-    reduce_range: bool,
-) -> Tensor:
-    """See :data:`linear_dynamic`."""
-    steps, scale, zero_point = _by_tensors(x, reduce_range)
-    weight_scale = _twice_inverted(weight_scale)
-    return reference.linear(steps, scale, zero_point, weight, weight_scale, weight_zero_point, bias, *_REAL)
+def _dynamic(door: Kernel, how: str = "") -> Kernel:
+    """A door's dynamic form: a float input instead of a quantized one, a float32 result.
+
+    Args:
+        how: the schema of what the door takes between the bias and the parameters of its output.
+    """
+
+    def by_reference(
+        x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor, bias: Tensor | None, *rest: Any
+    ) -> Tensor:
+        *shape, reduce_range = rest
+        layer = (weight, _twice_inverted(weight_scale), weight_zero_point, bias)
+        return door.reference(*_by_tensors(x, reduce_range), *layer, *shape, *_REAL)
+
+    def on_cpu(
+        x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor, bias: Tensor | None, *rest: Any
+    ) -> Any:
+        *shape, reduce_range = rest
+        quantized = _by_numbers(x, reduce_range)
+        if quantized is None:
+            return NotImplemented
+        return door.run(*quantized, weight, _twice_inverted(weight_scale), weight_zero_point, bias, *shape, *_REAL)
+
+    def fake(
+        x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor, bias: Tensor | None, *rest: Any
+    ) -> Tensor:
+        layer = (weight, weight_scale, weight_zero_point, bias)
+        return door.fake(x, 1.0, 0, *layer, *rest[:-1], *_REAL)
+
+    kernel = Kernel(f"{door.name}_dynamic(Tensor x, {_WEIGHT}, {how}bool reduce_range) -> Tensor", by_reference, fake)
+    kernel.register("cpu", on_cpu)
+    return kernel
 
 
-def _linear_cpu(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    bias: Tensor | None,
-    reduce_range: bool,
-) -> Any:
-    quantized = _by_numbers(x, reduce_range)
-    if quantized is None:
-        return NotImplemented
-    return doors.linear.run(*quantized, weight, _twice_inverted(weight_scale), weight_zero_point, bias, *_REAL)
-
-
-def _fake_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    bias: Tensor | None,
-    reduce_range: bool,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
-
-
-linear_dynamic = Kernel(
-    f"linear_dynamic(Tensor x, {_WEIGHT}, bool reduce_range) -> Tensor", _linear_reference, _fake_linear
-)
+linear_dynamic = _dynamic(doors.linear)
 """``x @ weight.T + bias`` in float32, with ``x`` in uint8 for the product.
 
 Args:
@@ -106,7 +99,12 @@ Args:
     weight, weight_scale, weight_zero_point, bias: as for :func:`eagerq.kernels.linear`.
     reduce_range: spread the input's range over 0 to 127 rather than 255, for processors without VNNI.
 """
-linear_dynamic.register("cpu", _linear_cpu)
+
+conv_dynamic = _dynamic(doors.conv, "int[] stride, int[] padding, int[] dilation, int groups, ")
+conv_transpose_dynamic = _dynamic(
+    doors.conv_transpose, "int[] stride, int[] padding, int[] output_padding, int[] dilation, int groups, "
+)
+"""Convolutions in float32, with ``x`` in uint8 for the products; arguments as for the other doors."""
 
 
 def linear_dynamic_float16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -240,14 +240,16 @@ def conv(
     if bytes_ is None:
         return NotImplemented
     x, x_zero_point = bytes_
+    # the layout depends on whether there is a zero point, not on its value nor on the scale
+    shifted = int(x_zero_point != 0)
     # a single image is worth packing for its very shape
     shape = list(x.shape) if x.shape[0] == 1 else None
     packed = pack(
         weight,
         weight_zero_point,
-        (x_scale, x_zero_point, shape, stride, padding, dilation, groups),
+        (shifted, shape, stride, padding, dilation, groups),
         lambda: torch.ops.onednn.qconv_prepack.default(
-            weight, weight_scale, x_scale, x_zero_point, stride, padding, dilation, groups, shape
+            weight, weight_scale, 1.0, shifted, stride, padding, dilation, groups, shape
         ),
     )
     if packed is None:

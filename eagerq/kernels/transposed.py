@@ -151,14 +151,15 @@ def conv_transpose(
     def copied(values: Tensor) -> Tensor:
         return values if values.numel() == 1 else values.repeat(copies)
 
+    shifted = int(x_zero_point != 0)  # all of the input's parameters that a layout depends on
     scales, shape = copied(weight_scale), list(x.shape) if x.shape[0] == 1 else None
     packed = pack(
         weight,
         weight_zero_point,
-        ("transposed", x_scale, x_zero_point, shape, stride, around, dilation, groups),
+        ("transposed", shifted, shape, stride, around, dilation, groups),
         lambda: torch.ops.onednn.qconv_prepack.default(
             _by_phases(weight, axes, dilation, groups),
-            *(scales, x_scale, x_zero_point, ones, around, steps, groups, shape),
+            *(scales, 1.0, shifted, ones, around, steps, groups, shape),
         ),
     )
     if packed is None or packed.odd is not None:

@@ -15,6 +15,7 @@ from eagerq import kernels
 from eagerq.functional import dynamic_qparams
 from eagerq.kernels import dynamic
 
+NAMES = ("x", "weight", "weight_scale", "weight_zero_point", "bias")
 SPANS = {False: 255, True: 127}
 
 
@@ -80,6 +81,19 @@ def test_linear_is_torchs(ao: Any, call: dict[str, Any]) -> None:
     for ours in every_way(call):
         assert ours.dtype is torch.float32
         assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("reduce_range", [False, True])
+def test_ties_of_symmetric_ranges_are_torchs(ao: Any, reduce_range: bool) -> None:
+    """Their ends lie between two integers: how sums and inverses are rounded decides."""
+    for end in range(1, 120):
+        x = torch.tensor([[1.0, -1.0, 1 / 3, -1 / 3, 0.2, -0.6]]) * end
+        identity = torch.eye(6).mul(127).to(torch.int8)
+        call = dict(zip(NAMES, (x, identity, torch.ones(1), torch.zeros(1, dtype=torch.int32), None), strict=True))
+        call["reduce_range"] = reduce_range
+        wanted = torchs(call)
+        for ours in every_way(call):
+            assert torch.equal(ours, wanted)
 
 
 @given(calls())

@@ -153,7 +153,7 @@ def test_ordinary_layers(
 @pytest.mark.parametrize("x_zero_point", [0, 255])
 def test_extreme_sums(x_value: int, weight_value: int, x_zero_point: int) -> None:
     """At the longest sum still taken, the extremes do not leave int32."""
-    terms = onednn._LONGEST_SUM
+    terms = onednn.LONGEST_SUM
     call = linear_call(
         (2, terms),
         3,
@@ -221,7 +221,7 @@ def test_left_to_reference(kind: str, changed: Call) -> None:
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_sums_beyond_int32(sign: int) -> None:
-    terms = onednn._LONGEST_SUM + 1
+    terms = onednn.LONGEST_SUM + 1
     x = torch.full((1, terms), 255, dtype=torch.uint8)
     weight = torch.full((2, terms), -128 if sign < 0 else 127, dtype=torch.int8)
     exact = {"x_zero_point": 0, "x_scale": 1.0, "weight_scale": torch.ones(2), "bias": None, "scale": 2.0**25}

@@ -96,6 +96,16 @@ def test_dynamic_qat_linear(ao: Oracle) -> None:
     assert torch.equal(wanted, theirs(x))
 
 
+def test_no_hook_is_left_behind() -> None:
+    prepared, x = eagerq.prepare_qat(model(), mapping=FOR_TRAINING), torch.randn(4, 5)
+    prepared(x)
+    wanted = eagerq.convert(prepared.eval(), mapping=FOR_INFERENCE)(x)
+    assert torch.equal(eagerq.convert(prepared, mapping=FOR_INFERENCE, remove_qconfig=False)(x), wanted)
+    untouched: Any = eagerq.convert(prepared, mapping={nn.Conv2d: dynamic.Linear})
+    assert type(untouched.fc1) is qat_dynamic.Linear
+    untouched(x)
+
+
 def test_the_default_maps(ao: Oracle) -> None:
     """Without a map, layers are trained for static int8; the default dynamic one converts both ways of training."""
     assert type(eagerq.prepare_qat(model()).fc1) is qat.Linear

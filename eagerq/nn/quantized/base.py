@@ -321,6 +321,9 @@ class WeightAndBias(IntegerWeight):
 class WeightedQuantizedModule(WeightAndBias, RequantizingModule):
     """Base of int8 Linear and Conv: their state is that of :class:`WeightAndBias` and :class:`RequantizingModule`."""
 
+    def _get_name(self) -> str:
+        return f"Quantized{type(self).__name__}"
+
     @classmethod
     def from_float(
         cls: type[_Self], mod: nn.Module, use_precomputed_fake_quant: bool = False, as_trained: bool = False

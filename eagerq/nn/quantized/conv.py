@@ -10,13 +10,13 @@ from torch.nn.modules.utils import _ntuple
 
 from eagerq import kernels
 from eagerq.errors import InvalidArgumentError, InvalidInputError
-from eagerq.nn.quantized.base import Output, WeightedQuantizedModule, expect_quantized
+from eagerq.nn.quantized.base import Output, WeightAndBias, WeightedQuantizedModule, expect_quantized
 from eagerq.qtensor import QTensor
 
-__all__ = ["AnyConv", "Conv1d", "Conv2d", "Conv3d"]
+__all__ = ["AnyConv", "Conv1d", "Conv2d", "Conv3d", "ConvShape"]
 
 
-class AnyConv(WeightedQuantizedModule):
+class AnyConv(WeightAndBias):
     """What convolutions share, transposed or not, whatever their dimension."""
 
     _dim: ClassVar[int]
@@ -55,18 +55,13 @@ class AnyConv(WeightedQuantizedModule):
                 )
         self.groups = groups
 
-    def _check_input(self, x: Any) -> QTensor:
-        x = expect_quantized(self, x)
-        if x.integers.dim() != self._dim + 2 or x.integers.shape[1] != self.in_channels:
+    def _check_shape(self, x: Tensor) -> None:
+        if x.dim() != self._dim + 2 or x.shape[1] != self.in_channels:
             raise InvalidInputError(
-                f"expected {self._dim + 2} dimensions, [N, {self.in_channels}, …], got shape {tuple(x.integers.shape)}",
+                f"expected {self._dim + 2} dimensions, [N, {self.in_channels}, …], got shape {tuple(x.shape)}",
                 module=self,
                 remedy="check its channels, or add the batch dimension with .unsqueeze(0)",
             )
-        return x
-
-    def _get_name(self) -> str:
-        return f"Quantized{type(self).__name__}"
 
     def extra_repr(self) -> str:
         parts = [
@@ -88,8 +83,8 @@ class AnyConv(WeightedQuantizedModule):
         return ", ".join(parts)
 
 
-class _ConvNd(AnyConv):
-    """The ordinary ones."""
+class ConvShape(AnyConv):
+    """The constructor of the ordinary ones, and their padding."""
 
     def __init__(
         self,
@@ -136,14 +131,22 @@ class _ConvNd(AnyConv):
         arguments = {name: getattr(module, name) for name in (*names, "padding_mode")}
         return {**arguments, "bias": module.bias is not None}
 
+    def _padded(self, x: Tensor, zero: int) -> Tensor:
+        """``x`` with what the kernel does not lay around it; ``zero`` is the value that stands for zero."""
+        if self._around is None:
+            return x
+        zeros = self.padding_mode == "zeros"
+        return F.pad(x, self._around, "constant" if zeros else self.padding_mode, zero if zeros else None)
+
+
+class _ConvNd(ConvShape, WeightedQuantizedModule):
+    """The ordinary ones on integers."""
+
     def _convolve(self, x: Any, output: Output) -> Tensor:
         """Convolution and bias, requantized to ``output``, or left real in its float dtype."""
-        x = self._check_input(x)
-        integers = x.integers
-        if self._around is not None:
-            zeros = self.padding_mode == "zeros"
-            mode = "constant" if zeros else self.padding_mode
-            integers = F.pad(integers, self._around, mode, x.zero_point if zeros else None)
+        x = expect_quantized(self, x)
+        self._check_shape(x.integers)
+        integers = self._padded(x.integers, x.zero_point)
         parameters = (self._weight, self._weight_scale, self._weight_zero_point, self._bias)
         how = (self._stride, self._padding, self._dilation, self.groups)
         return kernels.conv(integers, x.scale, x.zero_point, *parameters, *how, *output)

@@ -11,14 +11,15 @@ from torch.nn.modules.utils import _ntuple
 
 from eagerq import kernels
 from eagerq.errors import InvalidArgumentError, InvalidConfigError
+from eagerq.nn.quantized.base import WeightedQuantizedModule, expect_quantized
 from eagerq.nn.quantized.conv import AnyConv
 from eagerq.qtensor import QTensor
 
-__all__ = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
+__all__ = ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "TransposedShape"]
 
 
-class _ConvTransposeNd(AnyConv):
-    """What transposed convolutions share, whatever their dimension."""
+class TransposedShape(AnyConv):
+    """The constructor of transposed convolutions, and what depends on their shape."""
 
     transposed = True
     # the weight is [in, out / groups, …]; scales for each of its out / groups serve every group
@@ -69,14 +70,28 @@ class _ConvTransposeNd(AnyConv):
                 one.ch_axis = cls._axis
         return observer
 
-    def set_weight_bias(self, w: QTensor, b: Tensor | None) -> None:
-        if w.axis not in (None, self._axis) and w.scale.numel() > 1:
+    def set_weight_bias(self, w: Any, b: Tensor | None) -> None:
+        if getattr(w, "axis", None) not in (None, self._axis) and w.scale.numel() > 1:
             raise InvalidConfigError(
                 f"the weight has a scale for each index of axis {w.axis}, its inputs",
                 module=self,
                 remedy="quantize it per tensor, or per channel of axis 1",
             )
         super().set_weight_bias(w, b)
+
+    def _output_padding(self, x: Tensor, output_size: Sequence[int] | None) -> list[int]:
+        """What is added to one side of the result, to be of ``output_size`` if that is given."""
+        if output_size is None:
+            return list(self.output_padding)
+        return _FloatConvTranspose._output_padding(
+            self,  # type: ignore[arg-type]
+            *(x, list(output_size), self._stride, list(self.padding), list(self.kernel_size), self._dim),
+            self._dilation,
+        )
+
+
+class _ConvTransposeNd(TransposedShape, WeightedQuantizedModule):
+    """Transposed convolutions on integers."""
 
     def forward(self, x: QTensor, output_size: Sequence[int] | None = None) -> QTensor:
         """QTensor ``[N, in_channels, …]`` to QTensor ``[N, out_channels, …]``.
@@ -88,15 +103,9 @@ class _ConvTransposeNd(AnyConv):
             InvalidInputError: for a float tensor, or one of another shape.
             ValueError: for an ``output_size`` that cannot be.
         """
-        x = self._check_input(x)
-        more = list(self.output_padding)
-        if output_size is not None:
-            more = _FloatConvTranspose._output_padding(
-                self,  # type: ignore[arg-type]
-                *(x.integers, list(output_size), self._stride, list(self.padding), list(self.kernel_size), self._dim),
-                self._dilation,
-            )
-        output = self._clamped_output
+        x = expect_quantized(self, x)
+        self._check_shape(x.integers)
+        output, more = self._clamped_output, self._output_padding(x.integers, output_size)
         parameters = (self._weight, self._weight_scale, self._weight_zero_point, self._bias)
         how = (self._stride, list(self.padding), more, self._dilation, self.groups)
         y = kernels.conv_transpose(x.integers, x.scale, x.zero_point, *parameters, *how, *output)

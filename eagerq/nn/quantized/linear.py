@@ -79,8 +79,5 @@ class Linear(LinearShape, WeightedQuantizedModule):
         output = self._clamped_output
         return QTensor(self._multiply(x, output), output.scale, output.zero_point)
 
-    def _get_name(self) -> str:
-        return f"Quantized{type(self).__name__}"
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, qscheme={self.weight().qscheme()}"

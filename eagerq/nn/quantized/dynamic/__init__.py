@@ -2,6 +2,14 @@
 
 from eagerq.nn.quantized.dynamic.base import DynamicModule
 from eagerq.nn.quantized.dynamic.cells import GRUCell, LSTMCell, RNNCell, RNNCellBase
+from eagerq.nn.quantized.dynamic.conv import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+)
 from eagerq.nn.quantized.dynamic.linear import Linear
 from eagerq.nn.quantized.dynamic.rnn import GRU, LSTM, RNNBase
 
@@ -11,6 +19,12 @@ __all__ = [
     "RNNBase",
     "RNNCellBase",
     # layers
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "GRU",
     "GRUCell",
     "LSTM",

@@ -114,8 +114,7 @@ class DynamicModule(InputRange, WeightAndBias):
         """
         cls._check_float(mod)
         source: Any = mod[0] if isinstance(mod, nn.Sequential) else mod
-        factory = getattr(mod.qconfig, "weight", None) or default_dynamic_qconfig.weight
-        observer = factory().to(source.weight.device)
+        observer = cls._weight_observer(mod).to(source.weight.device)
         dtype = integer_dtype(observer.dtype)
         if dtype not in cls._DTYPES:
             raise InvalidConfigError(
@@ -134,6 +133,11 @@ class DynamicModule(InputRange, WeightAndBias):
         new = cls(**cls._arguments(source), **options)
         new.set_weight_bias(weight, source.bias)
         return new
+
+    @classmethod
+    def _weight_observer(cls, mod: Any) -> Any:
+        factory = getattr(mod.qconfig, "weight", None) or default_dynamic_qconfig.weight
+        return factory()
 
     @classmethod
     def _check_float(cls, mod: nn.Module) -> None:
