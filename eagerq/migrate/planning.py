@@ -268,10 +268,17 @@ def _plan_namespaces(program: Program, made: Plan, bindings: list[Binding], uses
         else:
             kept.append(binding)
     if remaining:
+        lines = [program.position(use.root.chain[0])[0] for use in uses if use.root.quoted is None]
         for binding in bindings:
-            if binding not in kept and not any(other.scope is binding.scope for other in kept):
+            if binding not in kept and not any(_binds_in_time(program, other, binding, lines) for other in kept):
                 made.torch_for.add(binding)
                 kept.append(binding)
+
+
+def _binds_in_time(program: Program, other: Binding, gone: Binding, lines: list[int]) -> bool:
+    """Whether an import serves for one that goes: it is in the same scope, and comes before the next use."""
+    then, now = program.position(other.statement)[0], program.position(gone.statement)[0]
+    return other.scope is gone.scope and not any(now <= line <= then for line in lines)
 
 
 def _still_read(binding: Binding, uses: list[_Use]) -> bool:

@@ -271,6 +271,11 @@ CHAINS = [
         "import torch\nimport eagerq  # why\neagerq.convert(torch.nn.ReLU())\n",
     ),
     case(
+        "torch is imported again, but later",
+        "import torch.ao.quantization\nx = torch.e\nimport torch\ny = torch.e\n",
+        "import torch\nimport eagerq\nx = torch.e\nimport torch\ny = torch.e\n",
+    ),
+    case(
         "through nn",
         """
         import torch
