@@ -140,6 +140,17 @@ def test_output_size(name: str) -> None:
         assert relative(made(x, output_size=size), layer(x, output_size=size)) < 0.03
 
 
+@every
+def test_full_range(name: str) -> None:
+    layer = converted(name)
+    x = given_to(layer)
+    wanted, _ = in_float64(layer, x, reduce_range=False)
+    reduced = relative(layer(x), wanted)
+    assert relative(layer(x, reduce_range=False), wanted) < 0.75 * reduced
+    layer.reduce_range = False
+    assert relative(layer(x), wanted) < 0.75 * reduced
+
+
 def test_no_accuracy_is_lost_by_a_large_result() -> None:
     """torch.ao cuts results to the input's range; these exceed it many times."""
     layer = float_layer("Conv2d", in_channels=64)

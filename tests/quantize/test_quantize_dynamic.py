@@ -21,6 +21,7 @@ from eagerq.errors import CheckpointError, InvalidArgumentError, InvalidConfigEr
 from eagerq.intrinsic.quantized import dynamic as intrinsic_dynamic
 from eagerq.nn import quantized
 from eagerq.nn.quantized import dynamic
+from eagerq.scheme import uint4
 
 
 class Recommender(nn.Module):
@@ -104,6 +105,15 @@ def test_recommender_is_torchs(ao: Oracle) -> None:
     assert relative(ours.items(x[0]), theirs.items(x[0])) < 1e-6  # type: ignore[operator]
     assert relative(ours.top(torch.ones(2, 24)), theirs.top(torch.ones(2, 24))) == 0  # type: ignore[operator]
     assert relative(ours(*x), model(*x)) < 0.05
+
+
+def test_4_bits_are_for_bags() -> None:
+    made = eagerq.quantize_dynamic(Recommender(), dtype=uint4)
+    assert isinstance(made.items, quantized.EmbeddingBag)
+    assert made.items.dtype is uint4
+    assert isinstance(made.user, nn.Embedding)
+    old = getattr(torch, "quint4x2", uint4)
+    assert type(eagerq.quantize_dynamic(Recommender(), {nn.EmbeddingBag}, old).items) is quantized.EmbeddingBag
 
 
 def test_float16_is_torchs(ao: Oracle) -> None:
@@ -197,7 +207,7 @@ def test_copy_or_in_place() -> None:
 # --- state --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.uint8, uint4])
 def test_save_and_load(dtype: torch.dtype) -> None:
     model, x = eagerq.quantize_dynamic(Recommender(), dtype=dtype), visits()
     state = model.state_dict()
