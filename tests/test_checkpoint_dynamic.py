@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import eagerq
 from eagerq.checkpoint import from_torch_ao
 from eagerq.errors import CheckpointError
+from eagerq.nn.quantized import dynamic
 
 SERIES = torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(0))
 LAYERS: dict[str, Any] = {
@@ -145,3 +146,20 @@ def test_weights_of_another_width_are_refused(ao: Oracle, name: str) -> None:
         with pytest.raises(CheckpointError, match=r"weight\w*_scale|is of torch"):
             target.load_state_dict(values)
         assert same_state(state(target), before)
+
+
+@pytest.mark.filterwarnings("ignore:The current implementation of the DynamicQuantizedConv:UserWarning")
+@pytest.mark.parametrize("name", [f"Conv{transposed}{dim}d" for transposed in ("", "Transpose") for dim in (1, 2, 3)])
+def test_convolutions(ao: Oracle, name: str) -> None:
+    """What they hold; torch.ao cuts their results to the range of the input, ours do not."""
+    theirs, ours = (getattr(package, name)(4, 6, 3) for package in (ao.dynamic, dynamic))
+    shape = theirs.weight().shape
+    weight = torch._make_per_tensor_quantized_tensor(torch.randint(-128, 128, shape, dtype=torch.int8), 0.01, 0)
+    theirs.set_weight_bias(weight, torch.randn(6))
+    state = theirs.state_dict()
+    assert {"scale", "zero_point"} <= state.keys()
+    ours.load_state_dict(state)
+    assert ours.reduce_range
+    assert torch.equal(ours.weight().int_repr(), weight.int_repr())
+    assert torch.equal(ours.weight().dequantize(), weight.dequantize())
+    assert torch.equal(ours.bias(), theirs.bias())
