@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eagerq.errors import InvalidInputError, calling_module
 from eagerq.kernels.pooling import max_pool
+from eagerq.kernels.reference import reciprocal, single
 from eagerq.qtensor import HANDLERS, QTensor
 from eagerq.scheme import integer_type
 
@@ -228,8 +229,9 @@ def _integer(x: QTensor, value: float | None) -> int | None:
     if value is None:
         return None
     kind = integer_type(x.integers.dtype)
-    steps = max(-(2.0**33), min(2.0**33, float(value) / x.scale))  # thresholds may be infinite
-    return max(kind.minimum, min(kind.maximum, round(steps + x.zero_point)))
+    finite = max(-(2.0**60), min(2.0**60, float(value)))  # thresholds may be infinite
+    steps = single(single(single(finite) * reciprocal(x.scale)) + x.zero_point)  # each step a float32
+    return max(kind.minimum, min(kind.maximum, round(steps)))
 
 
 def _clamped(x: QTensor, low: float | None, high: float | None, inplace: bool, func: Callable[..., Any]) -> QTensor:

@@ -123,6 +123,14 @@ def test_activations_next_to_ties(name: str, ao: Oracle, seed: int) -> None:
     assert torch.equal(calls[name](qF, q).int_repr(), wanted.int_repr())
 
 
+def test_thresholds_are_rounded_as_float32() -> None:
+    # 1 / 0.4 is 2.5 there, so 1.0 lies on a tie, and goes to the even integer
+    q = QTensor(torch.arange(256, dtype=torch.uint8), torch.tensor(0.4).item(), 1)
+    assert qF.hardtanh(q).int_repr().max() == 4
+    infinite = qF.hardtanh(q, -float("inf"), float("inf"))
+    assert torch.equal(infinite.int_repr(), q.int_repr())
+
+
 def test_in_place() -> None:
     for function in (qF.leaky_relu, qF.hardtanh, qF.hardsigmoid):
         q = images()
