@@ -96,6 +96,15 @@ def right_in_torch(draw: st.DrawFn, dim: int) -> Call:
     return call
 
 
+def assert_torchs(y: QTensor, theirs: Tensor, exact: Tensor) -> None:
+    """torch.ao's integers, but where it is wrong (on 2.15 now and then, by what it computed before) or on a tie,
+    where oneDNN's kernels part, each with an order of its own for the scales."""
+    steps = (exact / y.q_scale() + y.q_zero_point()).clamp(0, 255)
+    mine, other = y.int_repr(), theirs.int_repr()
+    assert ((mine - steps).abs() <= 0.5 + 1e-4).all()
+    assert ((other - steps).abs()[mine != other] > 0.5 - 1e-4).all()
+
+
 @DIMS
 def test_integers_are_torchs(ao: Oracle, dim: int) -> None:
     @settings(max_examples=40)
@@ -108,15 +117,10 @@ def test_integers_are_torchs(ao: Oracle, dim: int) -> None:
         theirs.scale, theirs.zero_point = call["scale"], call["zero_point"]
         x = torch._make_per_tensor_quantized_tensor(call["x"].contiguous(), call["x_scale"], call["x_zero_point"])
         y = ours(call)(input_of(call))
-        apart = (y.int_repr().int() - theirs(x).int_repr().int()).abs()
-        if apart.any():  # oneDNN's kernels order the scales each their own way, and part on ties
-            assert apart.max() == 1, (call["x"].shape, apart.max(), (apart > 0).sum(), apart.numel())
-            total = torch.from_numpy(sums(call)).double()
-            steps = total * call["x_scale"] * call["weight_scale"].double()
-            if call["bias"] is not None:
-                steps = steps + call["bias"].double().reshape(-1, *[1] * dim)
-            steps = steps / call["scale"]
-            assert ((steps - steps.floor() - 0.5).abs()[apart > 0] < 1e-4).all()
+        exact = torch.from_numpy(sums(call)).double() * call["x_scale"] * call["weight_scale"].double()
+        if call["bias"] is not None:
+            exact = exact + call["bias"].double().reshape(-1, *[1] * dim)
+        assert_torchs(y, theirs(x), exact)
         assert y.q_scale() == theirs(x).q_scale()
 
     check()
@@ -170,13 +174,16 @@ def test_converted_like_torchs(ao: Oracle, dim: int, with_bn: bool) -> None:
     mine, theirs = models
     assert type(mine.layers[0]) is getattr(quantized, f"ConvTranspose{dim}d")
     assert torch.equal(mine.layers[0].weight().int_repr(), theirs.layers[0].weight().int_repr())
-    assert torch.equal(mine(batch(dim, 1)), theirs(batch(dim, 1)))
+    layer, x = mine.layers[0], mine.quant(batch(dim, 1))
+    transpose = getattr(nn.functional, f"conv_transpose{dim}d")
+    exact = transpose(x.dequantize().double(), layer.weight().dequantize().double(), layer.bias().double(), 2, 1)
+    assert_torchs(layer(x), theirs.layers[0](theirs.quant(batch(dim, 1))), exact)
     # and the file of the other
     blank = Net(eagerq, *copy.deepcopy(layers)).eval()
     blank = eagerq.fuse_modules(blank, ["layers.0", "layers.1"]) if with_bn else blank
     blank = converted(eagerq, blank, eagerq.default_qconfig, dim)
     blank.load_state_dict(theirs.state_dict())
-    assert torch.equal(blank(batch(dim, 1)), theirs(batch(dim, 1)))
+    assert torch.equal(blank(batch(dim, 1)), mine(batch(dim, 1)))
 
 
 @pytest.mark.parametrize("qconfig", [eagerq.get_default_qconfig("onednn"), eagerq.get_default_qat_qconfig("onednn")])
