@@ -107,6 +107,9 @@ def test_eval_only_fake_quant(engine: str) -> None:
     exact = model.eval()(x)
     assert not torch.equal(rounded, exact)
     assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+    for module in (prepared.quant, prepared.fc1, prepared.fc2):
+        module.activation_post_process.disable_fake_quant()
+    assert not torch.equal(prepared(x), exact)  # the weights' share
     prepared.apply(eagerq.disable_fake_quant)
     assert torch.equal(prepared(x), exact)
 
