@@ -372,4 +372,7 @@ def fake_quantize_learnable(
     zero_point = _with_gradient_of(zero_point.round().clamp(quant_min, quant_max), zero_point)
     steps = x * (1.0 / scale)
     steps = _with_gradient_of(steps.round(), steps) + zero_point
-    return ((steps.clamp(quant_min, quant_max) - zero_point) * scale).to(x.dtype)
+    # releases of torch differ in clamp's gradient at the ends of the range
+    inside = (steps >= quant_min) & (steps <= quant_max)
+    steps = torch.where(inside, steps, steps.detach().clamp(quant_min, quant_max))
+    return ((steps - zero_point) * scale).to(x.dtype)
