@@ -17,6 +17,7 @@ __all__ = [
     "activation_is_dynamically_quantized",
     "activation_is_int32_quantized",
     "activation_is_int8_quantized",
+    "activation_is_memoryless",
     "activation_is_statically_quantized",
     "get_qconfig_dtypes",
     "get_qparam_dict",
@@ -93,6 +94,19 @@ def activation_is_int8_quantized(qconfig: Any) -> bool:
 def activation_is_int32_quantized(qconfig: Any) -> bool:
     """Whether activations are quantized to int32."""
     return activation_dtype(qconfig) is torch.int32
+
+
+def activation_is_memoryless(qconfig: Any) -> bool:
+    """Whether the activation's range is that of the last batch alone, as dynamic quantization has it.
+
+    Example:
+        >>> import eagerq
+        >>> activation_is_memoryless(eagerq.default_dynamic_qat_qconfig)
+        True
+    """
+    activation = qconfig.activation()
+    observer = getattr(activation, "activation_post_process", activation)
+    return bool(getattr(observer, "averaging_constant", None) == 1)
 
 
 def weight_is_quantized(qconfig: Any) -> bool:

@@ -50,7 +50,6 @@ __all__ = [
     "QConfig",
     "QConfigAny",
     "QConfigDynamic",
-    "activation_is_memoryless",
     "default_activation_only_qconfig",
     "default_debug_qconfig",
     "default_dynamic_qat_qconfig",
@@ -234,18 +233,6 @@ def get_default_qat_qconfig(backend: str = "x86", version: int | None = 1) -> QC
     else:
         weight = default_per_channel_weight_fake_quant if per_channel else default_weight_fake_quant
     return QConfig(activation, weight)
-
-
-def activation_is_memoryless(qconfig: QConfig) -> bool:
-    """Whether the activation's range is that of the last batch alone, as dynamic quantization has it.
-
-    Example:
-        >>> activation_is_memoryless(default_dynamic_qat_qconfig), activation_is_memoryless(default_qat_qconfig)
-        (True, False)
-    """
-    activation = qconfig.activation()
-    observer = getattr(activation, "activation_post_process", activation)
-    return bool(getattr(observer, "averaging_constant", None) == 1)
 
 
 def _flatten(factory: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]:

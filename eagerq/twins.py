@@ -15,9 +15,9 @@ from eagerq.fake_quantize import (
     default_fixed_qparams_range_0to1_fake_quant,
     default_fixed_qparams_range_neg1to1_fake_quant,
 )
+from eagerq.inspection import activation_is_memoryless
 from eagerq.nn.quantized.functional_modules import FloatFunctional
 from eagerq.observer import ObserverBase
-from eagerq.qconfig import activation_is_memoryless
 from eagerq.stubs import DeQuantStub
 from eagerq.tree import copy_hooks, device_of
 

@@ -15,7 +15,11 @@ from eagerq import inspection, utils
 from eagerq.errors import InvalidConfigError
 
 QCONFIGS = [name for name in eagerq.__all__ if name.endswith(("qconfig", "qconfig_4bit", "_v2")) and name[:3] != "get"]
-QUESTIONS = [name for name in inspection.__all__ if name not in ("QuantType", "get_qparam_dict", "get_qconfig_dtypes")]
+QUESTIONS = [
+    name
+    for name in inspection.__all__
+    if name in utils.__all__ and name not in ("QuantType", "get_qparam_dict", "get_qconfig_dtypes")
+]
 # qconfigs that torch.ao's questions choke on: their factories make modules without a dtype
 NO_DTYPE = ("default_weight_only_qconfig", "default_activation_only_qconfig")
 

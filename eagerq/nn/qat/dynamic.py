@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from eagerq.errors import InvalidArgumentError
+from eagerq.inspection import activation_is_memoryless
 from eagerq.nn import qat
-from eagerq.qconfig import activation_is_memoryless
 
 __all__ = ["Linear"]
 
