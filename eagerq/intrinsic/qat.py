@@ -92,6 +92,16 @@ class BatchNormMixin(QATMixin):
         """Forget the running statistics."""
         self.bn.reset_running_stats()
 
+    @torch.no_grad()
+    def reset_bn_parameters(self) -> None:
+        """Forget the running statistics; draw the batch norm's weight from [0, 1) and the layer's bias anew."""
+        self.reset_running_stats()
+        nn.init.uniform_(self.bn.weight)
+        nn.init.zeros_(self.bn.bias)
+        if self.bias is not None:
+            bound = self.weight[0].numel() ** -0.5
+            nn.init.uniform_(self.bias, -bound, bound)
+
     def train(self: _Self, mode: bool = True) -> _Self:
         self.training = mode
         if not self.freeze_bn:

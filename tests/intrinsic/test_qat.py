@@ -111,6 +111,23 @@ def test_statistics_can_be_forgotten(kind: Kind) -> None:
 
 
 @every_bn
+def test_batch_norm_can_start_anew(kind: Kind) -> None:
+    module = plain_layer(kind).module()
+    weight = module.weight.clone()
+    with torch.no_grad():
+        module.bn.weight.fill_(7.0)
+        module.bn.bias.fill_(7.0)
+        if module.bias is not None:
+            module.bias.fill_(7.0)
+    module.reset_bn_parameters()
+    assert module.bn.running_var.eq(1).all()
+    assert module.bn.bias.eq(0).all()
+    assert ((module.bn.weight >= 0) & (module.bn.weight < 1)).all()
+    assert module.bias is None or module.bias.abs().max() <= weight[0].numel() ** -0.5
+    assert torch.equal(module.weight, weight)
+
+
+@every_bn
 def test_constructor_sets_the_batch_norm(kind: Kind) -> None:
     arguments = {**plain_layer(kind).arguments, "qconfig": eagerq.get_default_qat_qconfig("x86")}
     bn = kind.qat(**arguments, eps=1e-2, momentum=0.7).bn

@@ -219,3 +219,15 @@ def test_wrong_inputs(name: str) -> None:
         getattr(dynamic, name).from_float(float_layer(name, eagerq.float16_dynamic_qconfig))
     with pytest.raises(InvalidConfigError, match="only works for"):
         getattr(dynamic, name).from_float(nn.Linear(2, 2))
+
+
+def test_the_range_may_be_given_at_construction() -> None:
+    x = torch.randn(2, 3, 9)
+    full, reduced = (dynamic.Conv1d(3, 4, 3, reduce_range=reduce_range) for reduce_range in (False, True))
+    for layer in (full, reduced):
+        layer.set_weight_bias(
+            eagerq.quantize_per_tensor(torch.linspace(-1, 1, 36).reshape(4, 3, 3), 0.01, 0, torch.int8), None
+        )
+    assert torch.equal(reduced(x, reduce_range=False), full(x))
+    assert not torch.equal(reduced(x), full(x))
+    assert "reduce_range" in full.state_dict()

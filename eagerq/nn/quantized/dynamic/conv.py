@@ -36,6 +36,9 @@ class Conv1d(_ConvNd):
 
     The input is quantized by its own range for the products; the result is not.
 
+    Args:
+        reduce_range: False spreads the input over all of 0 to 255 rather than 0 to 127.
+
     Raises:
         InvalidInputError: in ``forward``, for a quantized tensor, or one of another shape.
 
@@ -47,6 +50,10 @@ class Conv1d(_ConvNd):
 
     _dim = 1
     _FLOAT_MODULE: ClassVar[Any] = nn.Conv1d
+
+    def __init__(self, *args: Any, reduce_range: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reduce_range = reduce_range
 
 
 class Conv2d(_ConvNd):
