@@ -186,6 +186,73 @@ def walk(torch: Any, eagerq: Any, directory: Path) -> None:
     assert torch.equal(torch.compile(int8, fullgraph=True, backend="eager")(x), y)
 
 
+def side_roads(torch: Any, eagerq: Any) -> None:
+    """Dynamic and recurrent layers, attention, norms and activations, trained scales, the numeric tools."""
+    from torch import nn
+
+    from eagerq import bias_correction, equalization, numeric_suite, utils
+
+    class Speech(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.gru, self.fc = nn.LSTM(6, 8, bidirectional=True), nn.GRU(16, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Any) -> Any:
+            return self.fc(self.gru(self.lstm(x)[0])[0])
+
+    sequences = torch.randn(5, 2, 6)
+    speech = Speech().eval()
+    for dtype in (torch.int8, torch.float16):
+        assert (eagerq.quantize_dynamic(speech, dtype=dtype)(sequences) - speech(sequences)).abs().max() < 0.1
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant, self.dequant = eagerq.QuantStub(), eagerq.DeQuantStub()
+            self.up, self.norm, self.act = nn.ConvTranspose2d(3, 4, 2, 2), nn.BatchNorm2d(4), nn.Hardswish()
+            self.group, self.gate = nn.GroupNorm(2, 4), nn.Sigmoid()
+            self.attention, self.fc = nn.MultiheadAttention(4, 2), nn.Linear(4, 4)
+
+        def forward(self, x: Any) -> Any:
+            x = self.gate(self.group(self.act(self.norm(self.up(self.quant(x))))))
+            x = x.flatten(2).permute(2, 0, 1)
+            return self.dequant(self.fc(self.attention(x, x, x)[0]))
+
+    images = torch.rand(2, 3, 4, 4)
+    layers = Layers().eval()
+    layers.qconfig = eagerq.QConfig(eagerq.default_observer, eagerq.default_weight_observer)
+    prepared = eagerq.prepare(layers)
+    expected = prepared(images)
+    int8 = eagerq.convert(prepared)
+    assert (int8(images) - expected).abs().max() < 0.2
+
+    learned = eagerq.QuantWrapper(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))).train()
+    learned.qconfig = eagerq.QConfig(
+        eagerq.LearnableFakeQuantize,
+        eagerq.LearnableFakeQuantize.with_args(quant_min=-128, quant_max=127, dtype=torch.int8),
+    )
+    learned = eagerq.prepare_qat(learned)
+    x = torch.randn(8, 4)
+    learned(x)
+    for module in learned.modules():
+        if isinstance(module, eagerq.LearnableFakeQuantize):
+            module.enable_param_learning()
+    learned(x).sum().backward()
+    trained = learned.eval()(x)
+    assert (eagerq.convert(learned, as_trained=True)(x) - trained).abs().max() < 0.2
+
+    plain = eagerq.QuantWrapper(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))).eval()
+    equalization.equalize(plain, [["module.0", "module.2"]])
+    plain.qconfig = eagerq.default_qconfig
+    calibrated = eagerq.prepare(plain)
+    calibrated(x)
+    int8 = eagerq.convert(calibrated)
+    bias_correction.bias_correction(plain, int8, [(x,)])
+    assert numeric_suite.compare_weights(plain.state_dict(), int8.state_dict())
+    assert numeric_suite.compare_model_stub(plain, int8, {nn.Linear}, x)
+    assert utils.get_quant_type(eagerq.default_dynamic_qconfig).name == "DYNAMIC"
+
+
 def main(arithmetic: str, directory: str) -> None:
     import torch
 
@@ -200,6 +267,7 @@ def main(arithmetic: str, directory: str) -> None:
     ours = [getattr(eagerq.scheme, name) for name in CONSTANTS if name != "qscheme"]
     assert {isinstance(constant, eagerq.scheme.QScheme) for constant in ours} == {without}
     walk(torch, eagerq, Path(directory))
+    side_roads(torch, eagerq)
     print("walked")
 
 
