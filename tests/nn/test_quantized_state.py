@@ -18,6 +18,7 @@ import eagerq
 from eagerq import QTensor, intrinsic
 from eagerq.errors import CheckpointError
 from eagerq.intrinsic import quantized as intrinsic_quantized
+from eagerq.kernels import packing
 from eagerq.nn import quantized
 from eagerq.nn.quantized.base import Output
 
@@ -304,6 +305,31 @@ def test_scales_that_are_none_are_refused(key: str, value: float) -> None:
     with pytest.raises(RuntimeError, match=rf"{key} holds"):
         target.load_state_dict({**state, key: torch.full_like(state[key], value)})
     assert_same_layer(target, before, "Linear")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_made_in_inference_mode_are_packed_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights are kept by the count of a tensor's changes, which inference tensors lack."""
+    source = filled(name)
+    dim = source._weight.dim() - 2
+    x = eagerq.quantize_per_tensor(torch.randn(2, 4, *[9] * dim), 0.02, 100, torch.uint8)
+    wanted = source(x)
+    with torch.inference_mode():
+        set_by_hand, loaded = filled(name), empty(name)
+        loaded.load_state_dict({key: value.clone() for key, value in source.state_dict().items()})
+        assigned = empty(name)
+        assigned.load_state_dict({key: value.clone() for key, value in source.state_dict().items()}, assign=True)
+        moved = copy.deepcopy(source).to("meta").to_empty(device="cpu")
+        moved.load_state_dict(source.state_dict())
+        made = []
+        plain = packing._make
+        monkeypatch.setattr(packing, "_make", lambda *args: made.append(args) or plain(*args))
+        for layer in (set_by_hand, loaded, assigned, moved):
+            assert not any(value.is_inference() for value in layer.buffers())
+            before = len(made)
+            for _ in range(3):
+                assert torch.equal(layer(x).int_repr(), wanted.int_repr())
+            assert len(made) <= before + 1
 
 
 def test_missing_and_unknown_keys_are_told() -> None:

@@ -31,6 +31,14 @@ def stored_qtensor(integers: Tensor, scale: Tensor, zero_point: Tensor, *, axis:
     return QTensor(integers, scale, zero_point, axis)
 
 
+def _countable(value: Any) -> Any:
+    """A tensor whose changes torch counts, as those made in inference mode have not: packed weights are kept by it."""
+    if not isinstance(value, Tensor) or not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.clone()
+
+
 class QuantizedModule(UpgradingModule):
     """Base of the int8 modules: whatever ``forward`` keeps its values in, they are saved as plain tensors."""
 
@@ -114,7 +122,10 @@ class StoredTensors(QuantizedModule):
     def _store(self, *values: Tensor | None) -> None:
         """Register the buffers; all after the last value given are left out."""
         for name, value in zip(self._STORED, values, strict=False):
-            self.register_buffer(f"_{name}", value, persistent=False)
+            self.register_buffer(f"_{name}", _countable(value), persistent=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _countable(value) if name in self.__dict__.get("_buffers", ()) else value)
 
     def _tensors(self) -> dict[str, Tensor]:
         stored = ((name, self._buffers.get(f"_{name}")) for name in self._STORED)
@@ -127,7 +138,8 @@ class StoredTensors(QuantizedModule):
         for name, value in before.items():
             moved = self._buffers[name]
             if value is not None and moved is not None and moved.dtype is not value.dtype:
-                self._buffers[name] = value.to(moved.device)
+                moved = value.to(moved.device)
+            self._buffers[name] = _countable(moved)
         return self
 
     def _take_tensors(self, state: Mapping[str, Tensor], assign: bool) -> None:
@@ -138,4 +150,4 @@ class StoredTensors(QuantizedModule):
                 assert mine is not None
                 device = value.device if assign else mine.device
                 # a new tensor, so that nothing packed from the old one is taken for it
-                self._buffers[f"_{name}"] = value.to(device, mine.dtype, copy=not assign)
+                self._buffers[f"_{name}"] = _countable(value.to(device, mine.dtype, copy=not assign))
