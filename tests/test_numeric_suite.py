@@ -91,6 +91,34 @@ def test_compare_weights_per_channel() -> None:
     assert quantized.q_per_channel_axis() == 0
 
 
+def test_compare_weights_of_other_forms() -> None:
+    """Transposed convolutions have their channels on another axis, small tables two values a byte."""
+    table: Any = nn.EmbeddingBag(6, 5, mode="sum")
+    table.qconfig = eagerq.float_qparams_weight_only_qconfig_4bit
+    up = nn.ConvTranspose2d(4, 4, 2)
+    with torch.no_grad():
+        up.weight.mul_(torch.logspace(-1, 1, 4).reshape(1, 4, 1, 1))
+    model = nn.ModuleDict({"table": table, "up": eagerq.QuantWrapper(up)})
+    model["up"].qconfig = eagerq.default_per_channel_qconfig
+    prepared: Any = eagerq.prepare(model)
+    prepared["up"](torch.randn(1, 4, 3, 3))
+    found = numeric_suite.compare_weights(model.state_dict(), eagerq.convert(prepared).state_dict())
+    assert sorted(found) == ["table.weight", "up.module.weight"]
+    quantized = found["up.module.weight"]["quantized"]
+    assert isinstance(quantized, eagerq.QTensor)
+    assert quantized.q_per_channel_axis() == 1
+    for pair_, least in ((found["up.module.weight"], 35), (found["table.weight"], 15)):
+        assert numeric_suite.compute_error(pair_["float"], pair_["quantized"].dequantize()) > least
+
+
+def test_a_second_comparison_starts_anew() -> None:
+    model, int8 = pair()
+    for _ in range(2):
+        found = numeric_suite.compare_model_stub(model, int8, {nn.Linear}, DATA)
+        assert {name: len(stats["float"]) for name, stats in found.items()} == {"fc.stats": 1}
+    assert len([module for module in int8.modules() if isinstance(module, numeric_suite.Shadow)]) == 1
+
+
 def test_compare_model_stub(ao: Oracle, weights: dict[str, Tensor]) -> None:
     model, int8 = pair(weights=weights)
     swap = {nn.Conv2d, nn.Linear, intrinsic.ConvReLU2d, nnq.FloatFunctional}
