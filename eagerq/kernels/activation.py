@@ -105,21 +105,6 @@ def _pointwise(
     return found.as_strided(index.shape, index.stride())
 
 
-def _fake_pointwise(
-    x: Tensor,
-    function: str,
-    arguments: Sequence[float],
-    x_scale: float,
-    x_zero_point: int,
-    scale: float,
-    zero_point: int,
-    dtype: torch.dtype,
-    low: int,
-    high: int,
-) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
-
-
 def _prelu(
     x: Tensor,
     x_scale: float,
@@ -141,30 +126,12 @@ def _prelu(
     return requantized(torch.where(real > 0, real, real * slope), reciprocal(scale), zero_point, dtype, low, high)
 
 
-def _fake_prelu(
-    x: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    scale: float,
-    zero_point: int,
-    dtype: torch.dtype,
-    low: int,
-    high: int,
-) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
-
-
 pointwise = Kernel(
     f"pointwise(Tensor x, str function, float[] arguments, float x_scale, int x_zero_point, {_OUTPUT}) -> Tensor",
     _pointwise,
-    _fake_pointwise,
 )
 prelu = Kernel(
     "prelu(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, Tensor weight_zero_point, "
     f"{_OUTPUT}) -> Tensor",
     _prelu,
-    _fake_prelu,
 )

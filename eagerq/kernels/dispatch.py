@@ -26,21 +26,25 @@ class Kernel:
     Args:
         schema: the operator's schema, ``name(Tensor x, …) -> Tensor``.
         reference: implementation in plain torch, for every device; the specification of the others.
-        fake: tells shape and dtype of the result without computing it.
+        fake: tells shape and dtype of the result without computing it; left out, the result is like the
+            first argument, in the ``dtype`` that the schema names.
     """
 
-    def __init__(self, schema: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, schema: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor] | None = None
+    ) -> None:
         self.name = schema.partition("(")[0]
         self.reference = reference
-        self.fake = fake
+        self.fake: Callable[..., Tensor] = fake or self._like_first
         self._fast: dict[str, list[Callable[..., Any]]] = {}
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"eagerq::{self.name}", fake, lib=LIBRARY)
         self._operator = getattr(torch.ops.eagerq, self.name).default
         self._parameters = [argument.name for argument in self._operator._schema.arguments]
         self._check(reference)
-        self._check(fake)
+        if fake is not None:
+            self._check(fake)
+        torch.library.register_fake(f"eagerq::{self.name}", self.fake, lib=LIBRARY)
 
     def _check(self, implementation: Callable[..., Any]) -> None:
         parameters = inspect.signature(implementation).parameters.values()
@@ -48,6 +52,9 @@ class Kernel:
         taken = names + self._parameters[len(names) :] if len(names) < len(parameters) else names  # the rest at once
         if taken != self._parameters:
             raise TypeError(f"{self.name}: implementation takes {names}, schema {self._parameters}")
+
+    def _like_first(self, *args: Any) -> Tensor:
+        return torch.empty_like(args[0], dtype=args[self._parameters.index("dtype")])
 
     def register(self, device_type: str, implementation: Callable[..., Any]) -> None:
         """Offer a fast implementation for a device; it may return ``NotImplemented``."""

@@ -210,23 +210,6 @@ def _fake_layer_norm(
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _fake_group_norm(
-    x: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: float,
-    zero_point: int,
-    dtype: torch.dtype,
-    low: int,
-    high: int,
-) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
-
-
 def _fake_batch_norm(
     x: Tensor,
     x_scale: float,
@@ -250,9 +233,7 @@ layer_norm = Kernel(
     _layer_norm,
     _fake_layer_norm,
 )
-group_norm = Kernel(
-    f"group_norm({_X}, int num_groups, {_AFFINE}, float eps, {_OUTPUT}) -> Tensor", _group_norm, _fake_group_norm
-)
+group_norm = Kernel(f"group_norm({_X}, int num_groups, {_AFFINE}, float eps, {_OUTPUT}) -> Tensor", _group_norm)
 batch_norm = Kernel(
     f"batch_norm({_X}, {_AFFINE}, Tensor mean, Tensor var, float eps, {_OUTPUT}) -> Tensor",
     _batch_norm,
