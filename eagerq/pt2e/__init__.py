@@ -1,0 +1,1 @@
+"""From eager models to Q/DQ graphs, and the graph flow for models that can be traced."""

@@ -1,0 +1,23 @@
+"""Quantizers of exported graphs: what they are made of, and those that come with eagerq."""
+
+from eagerq.pt2e.quantizer.quantizer import (
+    DerivedQuantizationSpec,
+    EdgeOrNode,
+    FixedQParamsQuantizationSpec,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    QuantizationSpecBase,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+
+__all__ = [
+    "DerivedQuantizationSpec",
+    "EdgeOrNode",
+    "FixedQParamsQuantizationSpec",
+    "QuantizationAnnotation",
+    "QuantizationSpec",
+    "QuantizationSpecBase",
+    "Quantizer",
+    "SharedQuantizationSpec",
+]
