@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eagerq import kernels
 from eagerq.errors import InvalidArgumentError, InvalidInputError, calling_module
+from eagerq.kernels.dispatch import dialect
 from eagerq.scheme import (
     integer_dtype,
     integer_type,
@@ -96,7 +97,8 @@ class QTensor(torch.Tensor):
         kwargs = dict(kwargs or {})
         if not args:  # func(input=x)
             args = tuple(kwargs.pop(name) for name in ("input", "self") if name in kwargs)
-        handler = HANDLERS.get(func)
+        words = dialect()
+        handler = (words.functions.get(func) if words else None) or HANDLERS.get(func)
         if handler is not None:
             return handler(*args, **kwargs)
         if getattr(func, "__name__", "") in _ANSWERED_BY_TORCH:

@@ -8,16 +8,68 @@ the operator ``torch.ops.eagerq.<name>``, whose implementation is that same choi
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["LIBRARY", "Kernel"]
+__all__ = ["LIBRARY", "Dialect", "Kernel", "dialect", "door", "speaking"]
 
 LIBRARY = torch.library.Library("eagerq", "FRAGMENT")
+
+_Door = TypeVar("_Door", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Other words for what int8 models do, for graphs that shall hold no operator of ours.
+
+    Attributes:
+        doors: a door's name to what is called in its stead.
+        functions: a function of torch to what it does with QTensors.
+    """
+
+    doors: Mapping[str, Callable[..., Any]]
+    functions: Mapping[Callable[..., Any], Callable[..., Any]]
+
+
+# the dialect and the thread that speaks it; empty nearly always, which is all that the doors look at
+_spoken: dict[int, Dialect] = {}
+
+
+def dialect() -> Dialect | None:
+    """The dialect that this thread speaks, if any."""
+    return _spoken.get(threading.get_ident()) if _spoken else None
+
+
+@contextmanager
+def speaking(words: Dialect) -> Iterator[None]:
+    """Call the doors by other words in this thread, for the time of a ``with``."""
+    thread = threading.get_ident()
+    _spoken[thread] = words
+    try:
+        yield
+    finally:
+        del _spoken[thread]
+
+
+def door(function: _Door) -> _Door:
+    """A door that is a plain function, with the same steps on any device."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        words = dialect()
+        if words is not None:
+            return words.doors[function.__name__](*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 class Kernel:
@@ -72,6 +124,7 @@ class Kernel:
 
     def __call__(self, *args: Any) -> Tensor:
         if torch.compiler.is_compiling():
-            recorded: Tensor = self._operator(*args)
+            words = dialect()
+            recorded: Tensor = self._operator(*args) if words is None else words.doors[self.name](*args)
             return recorded
         return self.run(*args)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eagerq.kernels import onednn, reference, transposed
-from eagerq.kernels.dispatch import Kernel
+from eagerq.kernels.dispatch import Kernel, door
 
 __all__ = ["cat", "conv", "conv_transpose", "linear", "matmul", "quantize"]
 
@@ -102,6 +102,7 @@ if onednn.available():
     conv_transpose.register("cpu", transposed.conv_transpose)
 
 
+@door
 def cat(
     tensors: Sequence[Tensor],
     scales: Sequence[float],
@@ -123,6 +124,7 @@ def cat(
     return torch.cat(parts, dim)
 
 
+@door
 def matmul(
     a: Tensor,
     a_scale: float,

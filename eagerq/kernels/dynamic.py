@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eagerq.functional import dynamic_qparams
 from eagerq.kernels import doors, reference
-from eagerq.kernels.dispatch import Kernel
+from eagerq.kernels.dispatch import Kernel, door
 
 __all__ = ["conv_dynamic", "conv_transpose_dynamic", "linear_dynamic", "linear_dynamic_float16", "to_float16"]
 
@@ -107,6 +107,7 @@ conv_transpose_dynamic = _dynamic(
 """Convolutions in float32, with ``x`` in uint8 for the products; arguments as for the other doors."""
 
 
+@door
 def linear_dynamic_float16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` in float32, the weight being stored in float16.
 

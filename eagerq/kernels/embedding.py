@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eagerq.kernels.dispatch import door
+
 __all__ = ["embedding", "embedding_bag", "pack_halves", "unpack_halves"]
 
 # How many values a CPU makes real at a time: enough to share between threads, few enough for its caches.
@@ -44,6 +46,7 @@ def _centred(indices: Tensor, weight: Tensor, zero_point: Tensor, columns: int |
     return rows.sub_(zero_point.index_select(0, indices)[:, None])
 
 
+@door
 def embedding(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, columns: int | None = None) -> Tensor:
     """The real values ``(q - zero_point)·scale`` of some rows of a table.
 
@@ -66,6 +69,7 @@ def embedding(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor
     return rows.reshape(*indices.shape, rows.shape[1])
 
 
+@door
 def embedding_bag(
     indices: Tensor,
     weight: Tensor,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagerq.functional import channel_shape
+from eagerq.kernels.dispatch import door
 
 __all__ = [
     "add",
@@ -74,6 +75,7 @@ def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, low: 
     return _stored(steps.round_(), dtype, low, high)
 
 
+@door
 def quantize_per_channel(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, dtype: torch.dtype, low: int, high: int
 ) -> Tensor:
@@ -84,11 +86,13 @@ def quantize_per_channel(
     return _stored(steps.round_(), dtype, low, high)
 
 
+@door
 def dequantize(q: Tensor, scale: float, zero_point: int) -> Tensor:
     """``(q - zero_point)·scale`` in float32."""
     return q.to(torch.float32).sub_(zero_point).mul_(scale)
 
 
+@door
 def dequantize_per_channel(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     """As :func:`dequantize`, with a scale and zero point for each index of ``axis``."""
     shape = channel_shape(q.dim(), axis)
@@ -116,6 +120,7 @@ def _requantize(
     return requantize(y, scale, zero_point, dtype, low, high)
 
 
+@door
 def requantize(y: Tensor, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:
     """A layer's real results as integers, ``round(y·(1/scale) + zero_point)`` in two roundings; consumes ``y``."""
     return _stored(y.mul_(reciprocal(scale)).add_(zero_point).round_(), dtype, low, high)
@@ -233,6 +238,7 @@ def scaled(q: Tensor, scale: float, zero_point: int) -> Tensor:
     return torch.add(_scalar(shift), q.to(torch.float32), alpha=scale)
 
 
+@door
 def add(
     a: Tensor,
     a_scale: float,
@@ -251,6 +257,7 @@ def add(
     return requantized(total, reciprocal(scale), zero_point, dtype, low, high)
 
 
+@door
 def mul(
     a: Tensor,
     a_scale: float,
