@@ -13,7 +13,7 @@ from eagerq.kernels.dispatch import Dialect, speaking
 from eagerq.pt2e.exporting.doors import DOORS
 from eagerq.pt2e.exporting.functions import FUNCTIONS
 from eagerq.quantize import convert
-from eagerq.twins import OBSERVER
+from eagerq.twins import OBSERVER, Observing
 
 __all__ = ["export"]
 
@@ -28,7 +28,7 @@ def export(
 ) -> ExportedProgram:
     """The program of a prepared or converted model in Q/DQ form, for graph compilers."""
     model = copy.deepcopy(model).eval()
-    if any(hasattr(module, OBSERVER) for module in model.modules()):
+    if any(isinstance(getattr(module, OBSERVER, None), Observing) for module in model.modules()):
         model = convert(model, inplace=True, as_trained=True)
     with speaking(_QDQ), torch.no_grad():
         return torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes, strict=False)
