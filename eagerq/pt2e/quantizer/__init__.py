@@ -1,5 +1,6 @@
 """Quantizers of exported graphs: what they are made of, and those that come with eagerq."""
 
+from eagerq.pt2e.quantizer.port_metadata_pass import PortNodeMetaForQDQ
 from eagerq.pt2e.quantizer.quantizer import (
     DerivedQuantizationSpec,
     EdgeOrNode,
@@ -15,6 +16,7 @@ __all__ = [
     "DerivedQuantizationSpec",
     "EdgeOrNode",
     "FixedQParamsQuantizationSpec",
+    "PortNodeMetaForQDQ",
     "QuantizationAnnotation",
     "QuantizationSpec",
     "QuantizationSpecBase",
