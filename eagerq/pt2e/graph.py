@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Node
 
-__all__ = ["choose_qparams_of", "is_choose_qparams", "is_dequantize", "is_quantize"]
+__all__ = [
+    "choose_qparams_of",
+    "describe",
+    "is_choose_qparams",
+    "is_dequantize",
+    "is_quantize",
+    "made_from",
+    "qualified_name",
+    "users_of_values",
+    "writes_buffer",
+    "written_by",
+]
 
 # torchao has operators of its own for blocks and groups; what they do is in their names too
 _DIALECTS = ("quantized_decomposed", "torchao")
+_SIZES = (torch.ops.aten.sym_size, torch.ops.aten.sym_numel)
 
 
 def _does(node: object, what: str) -> bool:
@@ -40,3 +53,54 @@ def choose_qparams_of(quantize: Node) -> list[Node]:
     items = [node for node in quantize.all_input_nodes if node.target is operator.getitem]
     sources = [item for item in items if is_choose_qparams(item.args[0])]
     return [*sources, *sources[0].all_input_nodes] if sources else []
+
+
+def qualified_name(node: Node) -> str:
+    """Of the innermost module that the node comes from; empty for the root or where it is not known."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    entry: Any = list(stack.values())[-1]
+    path = entry[0] if isinstance(entry, tuple) else str(entry)
+    return path.removeprefix("L['self']").removeprefix("L__self__").lstrip(".")
+
+
+def describe(node: Any) -> str:
+    """``node 'conv2d' (aten.conv2d.default, in module 'layer1.conv')``, for messages."""
+    if not isinstance(node, Node):
+        return repr(node)
+    name = qualified_name(node)
+    where = f", in module '{name}'" if name else ""
+    return f"node '{node.name}' ({node.target}{where})"
+
+
+def users_of_values(node: Node) -> list[Node]:
+    """Users of the tensor's values: those that only ask for its size do not count."""
+    return [user for user in node.users if getattr(user.target, "overloadpacket", user.target) not in _SIZES]
+
+
+def written_by(node: Node) -> Node | None:
+    """What an in-place operator writes into: its first argument. None for any other node."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.arguments or not node.args or not isinstance(node.args[0], Node):
+        return None
+    alias = schema.arguments[0].alias_info
+    return node.args[0] if alias is not None and alias.is_write else None
+
+
+def made_from(node: Node) -> set[Node]:
+    """All the nodes that a node's value depends on, itself among them."""
+    found, ahead = {node}, [node]
+    while ahead:
+        new = [source for source in ahead.pop().all_input_nodes if source not in found]
+        found.update(new)
+        ahead.extend(new)
+    return found
+
+
+def writes_buffer(node: Node, target: Node) -> bool:
+    """Whether a node writes into ``target``, and that is (a view of) what the model keeps."""
+    if written_by(node) is not target:
+        return False
+    operations = {source.op for source in made_from(target)}
+    return "get_attr" in operations and "placeholder" not in operations

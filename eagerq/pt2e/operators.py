@@ -10,6 +10,9 @@ import torch
 
 __all__ = [
     "CHOOSE_QPARAMS",
+    "CHOOSE_QPARAMS_AFFINE",
+    "CHOOSE_QPARAMS_SYMMETRIC",
+    "CONVERT_ELEMENT_TYPE",
     "DEQUANTIZE",
     "DEQUANTIZE_PER_CHANNEL",
     "DEQUANTIZE_PER_TENSOR",
@@ -34,7 +37,10 @@ QUANTIZE_PER_CHANNEL = _ops.quantize_per_channel.default
 DEQUANTIZE_PER_TENSOR = _ops.dequantize_per_tensor.default
 DEQUANTIZE_PER_TENSOR_DYNAMIC = _ops.dequantize_per_tensor.tensor
 DEQUANTIZE_PER_CHANNEL = _ops.dequantize_per_channel.default
+CHOOSE_QPARAMS_AFFINE = _ops.choose_qparams.tensor
+CHOOSE_QPARAMS_SYMMETRIC = _ops.choose_qparams_symmetric.tensor
+CONVERT_ELEMENT_TYPE = _ops.convert_element_type.no_fuse
 
 QUANTIZE = frozenset((QUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR_DYNAMIC, QUANTIZE_PER_CHANNEL))
 DEQUANTIZE = frozenset((DEQUANTIZE_PER_TENSOR, DEQUANTIZE_PER_TENSOR_DYNAMIC, DEQUANTIZE_PER_CHANNEL))
-CHOOSE_QPARAMS = frozenset((_ops.choose_qparams.tensor, _ops.choose_qparams_symmetric.tensor))
+CHOOSE_QPARAMS = frozenset((CHOOSE_QPARAMS_AFFINE, CHOOSE_QPARAMS_SYMMETRIC))

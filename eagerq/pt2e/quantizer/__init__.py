@@ -1,5 +1,6 @@
 """Quantizers of exported graphs: what they are made of, and those that come with eagerq."""
 
+from eagerq.pt2e.quantizer.duplicate_dq_pass import DuplicateDQPass
 from eagerq.pt2e.quantizer.port_metadata_pass import PortNodeMetaForQDQ
 from eagerq.pt2e.quantizer.quantizer import (
     DerivedQuantizationSpec,
@@ -13,6 +14,7 @@ from eagerq.pt2e.quantizer.quantizer import (
 )
 
 __all__ = [
+    "DuplicateDQPass",
     "DerivedQuantizationSpec",
     "EdgeOrNode",
     "FixedQParamsQuantizationSpec",

@@ -1,0 +1,82 @@
+"""Post-training quantization of exported graphs: observe, then convert to Q/DQ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule
+
+from eagerq.errors import InvalidArgumentError, UnsupportedError
+from eagerq.pt2e.constant_folding import fold_quantize as fold_constants
+from eagerq.pt2e.convert import replace_observers
+from eagerq.pt2e.prepare import insert_observers
+from eagerq.pt2e.quantizer.duplicate_dq_pass import DuplicateDQPass
+from eagerq.pt2e.quantizer.port_metadata_pass import PortNodeMetaForQDQ
+from eagerq.pt2e.quantizer.quantizer import Quantizer
+from eagerq.pt2e.rewriting import copied, pruned
+
+__all__ = ["convert_pt2e", "prepare_pt2e"]
+
+
+def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
+    """Put observers into an exported model, where a quantizer wants them.
+
+    Args:
+        model: what ``torch.export.export(net.eval(), example_inputs).module()`` returns. It stays as it
+            is, but the result has the same parameters and buffers.
+        quantizer: says which tensors are quantized and how; ours, torchao's or ExecuTorch's.
+
+    Returns:
+        A new graph module that observes; run it on data, then give it to :func:`convert_pt2e`.
+
+    Raises:
+        InvalidArgumentError: when ``model`` is not an exported model.
+        InvalidConfigError: for an annotation that cannot be followed, naming the node.
+    """
+    model = _working_copy(model)
+    model = quantizer.transform_for_annotation(model)
+    quantizer.annotate(model)
+    quantizer.validate(model)
+    insert_observers(model, is_qat=False, callback=getattr(quantizer, "prepare_obs_or_fq_callback", None))
+    return model
+
+
+def convert_pt2e(
+    model: GraphModule, use_reference_representation: bool = False, fold_quantize: bool = True
+) -> GraphModule:
+    """Turn a calibrated or trained model into one in Q/DQ form.
+
+    Args:
+        model: from :func:`prepare_pt2e`, after it has seen data. It stays as it is.
+        use_reference_representation: torchao's integer arithmetic written out; not supported.
+        fold_quantize: store weights (and all else that is constant before a quantize) as integers.
+
+    Returns:
+        A new graph module of float operators between ``quantized_decomposed`` quantize and dequantize,
+        for ``torch.export.export`` and what follows it.
+
+    Raises:
+        InvalidArgumentError: when ``model`` is not a graph module.
+        UnsupportedError: when asked for the reference representation.
+    """
+    if use_reference_representation:
+        raise UnsupportedError(
+            "the reference representation is not supported",
+            remedy="leave out use_reference_representation: the Q/DQ form says the same",
+        )
+    model = _working_copy(model)
+    replace_observers(model)
+    DuplicateDQPass()(model)
+    PortNodeMetaForQDQ()(model)
+    if fold_quantize:
+        fold_constants(model)
+    return pruned(model)
+
+
+def _working_copy(model: Any) -> GraphModule:
+    if not isinstance(model, GraphModule):
+        raise InvalidArgumentError(
+            f"got {type(model).__name__}, but a graph is needed",
+            remedy="export the model first: torch.export.export(model.eval(), example_inputs).module()",
+        )
+    return copied(model)
