@@ -25,9 +25,11 @@ __all__ = [
 
 # torch registers these in a file of its old quantization. While that is there it has to be the one
 # that defines them: torchao, ExecuTorch and Inductor load it too, before or after us, and a library can
-# be defined only once.
+# be defined only once. Where it is gone, and nobody else has defined them, eagerq does.
 with contextlib.suppress(ImportError):
     importlib.import_module("torch.ao.quantization.fx._decomposed")
+if not hasattr(torch.ops.quantized_decomposed, "quantize_per_tensor"):
+    importlib.import_module("eagerq.pt2e.own_operators")
 
 _ops: Any = torch.ops.quantized_decomposed
 
