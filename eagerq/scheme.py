@@ -31,6 +31,7 @@ __all__ = [
     "sharing",
     "to_underlying_dtype",
     "uint4",
+    "value_type",
 ]
 
 
@@ -101,6 +102,11 @@ _INTEGER_TYPES = {
         IntegerType(int4, torch.int8, -8, 7),
     )
 }
+# what float8 holds of the integers; between two of them it holds more near zero, fewer far from it
+_FLOAT8_TYPES = {
+    str(dtype): IntegerType(dtype, dtype, -greatest, greatest)
+    for dtype, greatest in ((torch.float8_e5m2, 57344), (torch.float8_e4m3fn, 448))
+}
 _OLD_NAMES = {
     "torch.quint8": "torch.uint8",
     "torch.qint8": "torch.int8",
@@ -132,6 +138,16 @@ def integer_type(dtype: torch.dtype) -> IntegerType:
         known = ", ".join(_INTEGER_TYPES)
         raise InvalidConfigError(f"values cannot be quantized to {dtype}", remedy=f"use one of {known}")
     return kind
+
+
+def value_type(dtype: torch.dtype) -> IntegerType:
+    """As :func:`integer_type`, and for float8: graphs can be quantized to that, modules cannot.
+
+    Example:
+        >>> value_type(torch.float8_e4m3fn).maximum
+        448
+    """
+    return _FLOAT8_TYPES.get(str(dtype)) or integer_type(dtype)
 
 
 def sharing(qscheme: Any) -> Sharing:
@@ -181,7 +197,7 @@ def quantization_range(
     Raises:
         InvalidConfigError: for a range that lacks zero, is empty, or does not fit ``dtype``.
     """
-    kind = integer_type(dtype)
+    kind = value_type(dtype)
     if quant_min is None or quant_max is None:
         low, high = kind.minimum, kind.maximum
         reduce_range = reduce_range and high - low == 255

@@ -148,3 +148,14 @@ def test_four_bits_are_not_reduced(dtype: torch.dtype, expected: tuple[int, int]
 def test_a_range_that_cannot_be_used(dtype: torch.dtype, low: int, high: int, message: str) -> None:
     with pytest.raises(InvalidConfigError, match=message):
         quantization_range(dtype, low, high, reduce_range=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn])
+def test_float8_has_the_range_of_its_finite_values(dtype: torch.dtype) -> None:
+    greatest = int(torch.finfo(dtype).max)
+    assert quantization_range(dtype, None, None, reduce_range=False) == (-greatest, greatest)
+    assert quantization_range(dtype, -greatest, greatest, reduce_range=False) == (-greatest, greatest)
+    with pytest.raises(InvalidConfigError, match="wider than"):
+        quantization_range(dtype, -greatest - 1, greatest, reduce_range=False)
+    with pytest.raises(InvalidConfigError, match="cannot be quantized to"):  # modules are of integers
+        integer_type(dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from eagerq import functional
 from eagerq.checkpoint import UpgradingModule
 from eagerq.errors import UnsupportedError
-from eagerq.scheme import integer_dtype, integer_type, per_tensor_affine, quantization_range, sharing
+from eagerq.scheme import integer_dtype, per_tensor_affine, quantization_range, sharing, value_type
 
 __all__ = ["ObserverBase", "UniformQuantizationObserverBase", "fill_empty_bounds"]
 
@@ -131,7 +131,7 @@ class UniformQuantizationObserverBase(ObserverBase):
         self.has_customized_qrange = quant_min is not None and quant_max is not None
         self.quant_min, self.quant_max = quantization_range(self.dtype, quant_min, quant_max, reduce_range)
         self._sharing = sharing(qscheme)
-        kind = integer_type(self.dtype)
+        kind = value_type(self.dtype)
         if self._sharing.symmetric and reduce_range and not kind.signed:
             raise UnsupportedError(
                 f"Cannot reduce range for symmetric quantization to {self.dtype}",

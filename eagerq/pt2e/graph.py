@@ -27,9 +27,12 @@ _SIZES = (torch.ops.aten.sym_size, torch.ops.aten.sym_numel)
 
 
 def _does(node: object, what: str) -> bool:
-    if not isinstance(node, Node) or not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node, Node):
         return False
-    dialect, _, name = node.target.name().partition("::")
+    packet = getattr(node.target, "overloadpacket", node.target)  # torchao's observers call packets
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return False
+    dialect, _, name = packet._qualified_op_name.partition("::")
     return dialect in _DIALECTS and name.startswith(what)
 
 
