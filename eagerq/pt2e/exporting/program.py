@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from eagerq.kernels.dispatch import Dialect, speaking
 from eagerq.pt2e.exporting.doors import DOORS
 from eagerq.pt2e.exporting.functions import FUNCTIONS
+from eagerq.pt2e.exporting.weights import centre_weights
 from eagerq.quantize import convert
 from eagerq.twins import OBSERVER, Observing
 
@@ -30,5 +31,6 @@ def export(
     model = copy.deepcopy(model).eval()
     if any(isinstance(getattr(module, OBSERVER, None), Observing) for module in model.modules()):
         model = convert(model, inplace=True, as_trained=True)
+    centre_weights(model)
     with speaking(_QDQ), torch.no_grad():
         return torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes, strict=False)
