@@ -20,10 +20,12 @@ from eagerq.scheme import (
     per_tensor_affine,
 )
 
-__all__ = ["HANDLERS", "QTensor", "quantize_per_channel", "quantize_per_tensor"]
+__all__ = ["HANDLERS", "KEEPING", "QTensor", "quantize_per_channel", "quantize_per_tensor"]
 
 # what each torch function does with QTensors; filled by eagerq.qtensor_ops
 HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
+# those of them that treat integers as they do real numbers, and give their results the argument's parameters
+KEEPING: set[Callable[..., Any]] = set()
 
 # attributes (shape, device …), and what compilers ask of any tensor
 _ANSWERED_BY_TORCH = {"__get__", "__set__", "__dir__", "_is_view", "is_conj", "is_neg", "untyped_storage"}
@@ -170,6 +172,15 @@ class QTensor(torch.Tensor):
     def like(self, integers: Tensor) -> QTensor:
         """Other integers under the same parameters."""
         return QTensor(integers, self.scale, self.zero_point, self.axis)
+
+    def overwrite(self, other: QTensor) -> QTensor:
+        """Take ``other``'s values and parameters, in place."""
+        if dialect() is None:
+            self.integers.copy_(other.integers)
+        else:  # a graph of values knows no memory
+            self.integers = other.integers
+        self.scale, self.zero_point = other.scale, other.zero_point
+        return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         values = repr(self.dequantize())[len("tensor(") : -1].replace("\n", "\n ")

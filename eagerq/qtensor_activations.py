@@ -47,12 +47,6 @@ def _unit_interval(x: QTensor) -> tuple[float, int]:
     return 1.0 / (kind.maximum - kind.minimum + 1), kind.minimum
 
 
-def _overwrite(x: QTensor, y: QTensor) -> QTensor:
-    x.integers.copy_(y.integers)
-    x.scale, x.zero_point = y.scale, y.zero_point
-    return x
-
-
 @_handle(*_named("sigmoid"))
 def _sigmoid(x: QTensor) -> QTensor:
     _per_tensor(x, torch.sigmoid)
@@ -70,7 +64,7 @@ def _tanh(x: QTensor) -> QTensor:
 def _hardsigmoid(x: QTensor, inplace: bool = False) -> QTensor:
     _per_tensor(x, F.hardsigmoid)
     y = pointwise(x, "hardsigmoid", (), *_unit_interval(x))
-    return _overwrite(x, y) if inplace else y
+    return x.overwrite(y) if inplace else y
 
 
 def softmax(x: QTensor, dim: int, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> QTensor:
@@ -92,7 +86,7 @@ def _softmax(x: QTensor, dim: int | None = None, _stacklevel: int = 3, dtype: to
 def _leaky_relu(x: QTensor, negative_slope: float = 0.01, inplace: bool = False) -> QTensor:
     _per_tensor(x, F.leaky_relu)
     y = pointwise(x, "leaky_relu", (negative_slope,))
-    return _overwrite(x, y) if inplace else y
+    return x.overwrite(y) if inplace else y
 
 
 @_handle(F.leaky_relu_)
@@ -104,7 +98,7 @@ def _leaky_relu_(x: QTensor, negative_slope: float = 0.01) -> QTensor:
 def _threshold(x: QTensor, threshold: float, value: float, inplace: bool = False) -> QTensor:
     _per_tensor(x, F.threshold)
     y = pointwise(x, "threshold", (threshold, value))
-    return _overwrite(x, y) if inplace else y
+    return x.overwrite(y) if inplace else y
 
 
 @_handle(torch.threshold_)

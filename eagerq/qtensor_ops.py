@@ -16,7 +16,7 @@ from torch import Tensor
 from eagerq.errors import InvalidInputError, calling_module
 from eagerq.kernels.pooling import max_pool
 from eagerq.kernels.reference import reciprocal, single
-from eagerq.qtensor import HANDLERS, QTensor
+from eagerq.qtensor import HANDLERS, KEEPING, QTensor
 from eagerq.scheme import integer_type
 
 __all__: list[str] = []
@@ -49,6 +49,12 @@ def _handle(*funcs: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
         return handler
 
     return register
+
+
+def _keeping(*funcs: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """As :func:`_handle`, for functions that would do the same on real numbers."""
+    KEEPING.update(funcs)
+    return _handle(*funcs)
 
 
 def _on_integers(func: Callable[..., Any], per_channel: bool = False) -> Callable[..., Any]:
@@ -98,7 +104,7 @@ for _func in [
     *(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H")),
     *(getattr(torch.ops.aten, name) for name in ("numpy_T", "mT", "matrix_H")),  # so torch.compile calls them
 ]:
-    HANDLERS[_func] = _on_integers(_func)
+    _keeping(_func)(_on_integers(_func))
 
 
 def _pooled(func: Callable[..., Any], dim: int) -> Callable[..., Any]:
@@ -120,14 +126,14 @@ def _pooled(func: Callable[..., Any], dim: int) -> Callable[..., Any]:
 
 for _name, _dim in (("max_pool2d", 2), ("max_pool3d", 3)):
     for _func in (getattr(F, _name), getattr(torch, _name)):
-        HANDLERS[_func] = _pooled(_func, _dim)
+        _keeping(_func)(_pooled(_func, _dim))
 for _func in [
     *_named("max_pool1d", "max_pool1d_with_indices", "adaptive_max_pool1d"),
     *(getattr(F, f"max_pool{dim}d_with_indices") for dim in (1, 2, 3)),
     F.max_pool1d,
     *(getattr(F, f"adaptive_max_pool{dim}d{suffix}") for dim in (1, 2, 3) for suffix in ("", "_with_indices")),
 ]:
-    HANDLERS[_func] = _through_float(_func)
+    _keeping(_func)(_through_float(_func))
 
 # questions about the stored tensor, and copies of it
 for _func in [
@@ -166,13 +172,13 @@ for _func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor
 
 
 @_handle(torch.Tensor.view)
-def _view(x: QTensor, *shape: Any) -> QTensor:
+def _view(x: QTensor, *shape: Any) -> Tensor:
     _per_tensor(x, torch.Tensor.view)
     if isinstance(shape[0], torch.dtype):
         _same_dtype(x, x.integers.view(*shape), torch.Tensor.view)
         return x
     # int8 layers leave their channels last in memory, where a view that a float model takes may not exist
-    return x.like(x.integers.reshape(*shape))
+    return x.reshape(*shape)
 
 
 # of either tensor only the shape counts
@@ -203,7 +209,7 @@ def _joined(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _func in _named("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"):
-    HANDLERS[_func] = _joined(_func)
+    _keeping(_func)(_joined(_func))
 
 
 def _same_parameters(a: Any, b: Any, name: str) -> None:
@@ -243,47 +249,47 @@ def _clamped(x: QTensor, low: float | None, high: float | None, inplace: bool, f
     return x.like(x.integers.clamp(least, most))
 
 
-@_handle(F.relu, torch.relu, torch.Tensor.relu)
+@_keeping(F.relu, torch.relu, torch.Tensor.relu)
 def _relu(x: QTensor, inplace: bool = False) -> QTensor:
     return _clamped(x, 0.0, None, inplace, F.relu)
 
 
-@_handle(torch.relu_, torch.Tensor.relu_)
+@_keeping(torch.relu_, torch.Tensor.relu_)
 def _relu_(x: QTensor) -> QTensor:
     return _clamped(x, 0.0, None, True, F.relu)
 
 
-@_handle(F.relu6)
+@_keeping(F.relu6)
 def _relu6(x: QTensor, inplace: bool = False) -> QTensor:
     return _clamped(x, 0.0, 6.0, inplace, F.relu6)
 
 
-@_handle(F.hardtanh)
+@_keeping(F.hardtanh)
 def _hardtanh(x: QTensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> QTensor:
     return _clamped(x, min_val, max_val, inplace, F.hardtanh)
 
 
-@_handle(F.hardtanh_)
+@_keeping(F.hardtanh_)
 def _hardtanh_(x: QTensor, min_val: float = -1.0, max_val: float = 1.0) -> QTensor:
     return _clamped(x, min_val, max_val, True, F.hardtanh)
 
 
-@_handle(*_named("clamp", "clip"))
+@_keeping(*_named("clamp", "clip"))
 def _clamp(x: QTensor, min: float | None = None, max: float | None = None) -> QTensor:
     return _clamped(x, min, max, False, torch.clamp)
 
 
-@_handle(*_named("clamp_", "clip_"))
+@_keeping(*_named("clamp_", "clip_"))
 def _clamp_(x: QTensor, min: float | None = None, max: float | None = None) -> QTensor:
     return _clamped(x, min, max, True, torch.clamp)
 
 
-@_handle(*_named("clamp_min"))
+@_keeping(*_named("clamp_min"))
 def _clamp_min(x: QTensor, min: float) -> QTensor:
     return _clamped(x, min, None, False, torch.clamp_min)
 
 
-@_handle(*_named("clamp_max"))
+@_keeping(*_named("clamp_max"))
 def _clamp_max(x: QTensor, max: float) -> QTensor:
     return _clamped(x, None, max, False, torch.clamp_max)
 
@@ -304,7 +310,7 @@ def _extremes(func: Callable[..., Any], pairwise: Callable[..., Any]) -> Callabl
 
 for _name, _pairwise in (("max", torch.maximum), ("min", torch.minimum)):
     for _func in _named(_name, f"{_name}imum"):
-        HANDLERS[_func] = _extremes(_func, _pairwise)
+        _keeping(_func)(_extremes(_func, _pairwise))
 
 
 def _real(value: Any) -> Any:
@@ -378,10 +384,10 @@ _averages: list[Any] = [
     F.upsample,
 ]
 for _func in _averages:
-    HANDLERS[_func] = _rounded(_func)
+    _keeping(_func)(_rounded(_func))
 
 
-@_handle(F.pad, torch._C._nn.pad)  # the latter is what torch.compile sees
+@_keeping(F.pad, torch._C._nn.pad)  # the latter is what torch.compile sees
 def _pad(x: QTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> QTensor:
     _per_tensor(x, F.pad)
     if mode != "constant":

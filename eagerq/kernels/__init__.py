@@ -1,7 +1,7 @@
 """The doors to integer arithmetic: plain tensors in, plain tensors out, the fastest exact way."""
 
 from eagerq.kernels.activation import pointwise, prelu
-from eagerq.kernels.doors import cat, conv, conv_transpose, linear, matmul, quantize
+from eagerq.kernels.doors import add_scalar, cat, conv, conv_transpose, linear, matmul, mul_scalar, quantize
 from eagerq.kernels.dynamic import (
     conv_dynamic,
     conv_transpose_dynamic,
@@ -22,6 +22,7 @@ from eagerq.kernels.reference import (
 
 __all__ = [
     "add",
+    "add_scalar",
     "batch_norm",
     "cat",
     "conv",
@@ -39,6 +40,7 @@ __all__ = [
     "linear_dynamic_float16",
     "matmul",
     "mul",
+    "mul_scalar",
     "pack_halves",
     "pointwise",
     "prelu",

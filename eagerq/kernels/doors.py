@@ -10,7 +10,7 @@ from torch import Tensor
 from eagerq.kernels import onednn, reference, transposed
 from eagerq.kernels.dispatch import Kernel, door
 
-__all__ = ["cat", "conv", "conv_transpose", "linear", "matmul", "quantize"]
+__all__ = ["add_scalar", "cat", "conv", "conv_transpose", "linear", "matmul", "mul_scalar", "quantize"]
 
 _X = "Tensor x, float x_scale, int x_zero_point"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_zero_point, Tensor? bias"
@@ -142,3 +142,39 @@ def matmul(
     product = (a.double().sub_(a_zero_point) @ b.double().sub_(b_zero_point)).to(torch.float32)
     real = product.mul_(reference.single(reference.single(a_scale) * reference.single(b_scale)))
     return quantize(real, scale, zero_point, dtype, low, high)
+
+
+@door
+def add_scalar(
+    q: Tensor,
+    q_scale: float,
+    q_zero_point: int,
+    steps: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """``q + steps·q_scale``: the integers themselves where only the zero point is another."""
+    if (scale, zero_point) == (q_scale, q_zero_point - steps):
+        return q
+    return quantize(reference.dequantize(q, q_scale, q_zero_point - steps), scale, zero_point, dtype, low, high)
+
+
+@door
+def mul_scalar(
+    q: Tensor,
+    q_scale: float,
+    q_zero_point: int,
+    factor: float,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """``q·factor`` where the new parameters take it up: the integers themselves, for a negative factor mirrored."""
+    if factor == 0:
+        return torch.zeros_like(q)
+    return q if factor > 0 else low + high - q

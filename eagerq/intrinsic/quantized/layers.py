@@ -94,7 +94,7 @@ class ConvAdd2d(nnq.Conv2d):
                 module=self,
                 remedy="check the shortcut's channels and stride",
             )
-        y = y.add_(kernels.dequantize(extra.integers, extra.scale, extra.zero_point))
+        y = y + kernels.dequantize(extra.integers, extra.scale, extra.zero_point)
         output = self._clamped_output
         return QTensor(kernels.requantize(y, *output), output.scale, output.zero_point)
 

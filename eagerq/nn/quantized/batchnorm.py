@@ -179,11 +179,11 @@ class _InstanceNorm(_WithStatistics):
             channels = self.num_features if known else "C"
             raise wrong_shape(self, f"[N, {channels}{', …' * self._DIM}] (or without N)", x, "num_features")
         if self.track_running_stats:
-            y = self._by_statistics(batched)
+            y: Any = self._by_statistics(batched)
         else:
             arguments = batched.shape[1], self.weight, self.bias, self.eps
             y = self._requantized(kernels.group_norm, batched, *arguments)
-        return y if batched is x else y.like(y.integers.squeeze(0))
+        return y if batched is x else y.squeeze(0)
 
 
 class InstanceNorm1d(_InstanceNorm):

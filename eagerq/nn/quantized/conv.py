@@ -131,12 +131,11 @@ class ConvShape(AnyConv):
         arguments = {name: getattr(module, name) for name in (*names, "padding_mode")}
         return {**arguments, "bias": module.bias is not None}
 
-    def _padded(self, x: Tensor, zero: int) -> Tensor:
-        """``x`` with what the kernel does not lay around it; ``zero`` is the value that stands for zero."""
+    def _padded(self, x: Tensor) -> Any:
+        """``x`` with what the kernel does not lay around it."""
         if self._around is None:
             return x
-        zeros = self.padding_mode == "zeros"
-        return F.pad(x, self._around, "constant" if zeros else self.padding_mode, zero if zeros else None)
+        return F.pad(x, self._around, "constant" if self.padding_mode == "zeros" else self.padding_mode)
 
 
 class _ConvNd(ConvShape, WeightedQuantizedModule):
@@ -146,10 +145,10 @@ class _ConvNd(ConvShape, WeightedQuantizedModule):
         """Convolution and bias, requantized to ``output``, or left real in its float dtype."""
         x = expect_quantized(self, x)
         self._check_shape(x.integers)
-        integers = self._padded(x.integers, x.zero_point)
+        x = self._padded(x)
         parameters = (self._weight, self._weight_scale, self._weight_zero_point, self._bias)
         how = (self._stride, self._padding, self._dilation, self.groups)
-        return kernels.conv(integers, x.scale, x.zero_point, *parameters, *how, *output)
+        return kernels.conv(x.integers, x.scale, x.zero_point, *parameters, *how, *output)
 
     def forward(self, x: QTensor) -> QTensor:
         output = self._clamped_output

@@ -82,6 +82,13 @@ class FXFloatFunctional(FloatFunctional):
         return x
 
 
+def _restated(kernel: Any, q: QTensor, number: float, scale: float, zero_point: int) -> QTensor:
+    """A kernel on a tensor and a number; the result's parameters make up for (nearly) all of it."""
+    kind = integer_type(q.integers.dtype)
+    output = (scale, zero_point, kind.storage, kind.minimum, kind.maximum)
+    return QTensor(kernel(q.integers, q.scale, q.zero_point, number, *output), scale, zero_point)
+
+
 class QFunctional(RequantizingModule, _Operations):
     """The operations of :class:`FloatFunctional` on QTensors, requantized to the learned range.
 
@@ -147,29 +154,27 @@ class QFunctional(RequantizingModule, _Operations):
     def add_scalar(self, x: Tensor, y: float) -> QTensor:
         """``x + y`` for a number: a shift of the zero point, rescaled where that leaves the dtype."""
         q = expect_quantized(self, x)
-        kind = integer_type(q.integers.dtype)
-        shifted = q.zero_point - round(y / q.scale)
-        if kind.minimum <= shifted <= kind.maximum:
-            return QTensor(q.integers, q.scale, shifted)
+        kind, steps = integer_type(q.integers.dtype), round(y / q.scale)
+        scale, zero_point = q.scale, q.zero_point - steps
         # the zero point stops at the end of the dtype; one value past it stretches the scale
-        end, reach = (
-            (kind.minimum, kind.maximum - shifted) if shifted < kind.minimum else (kind.maximum, shifted - kind.minimum)
-        )
-        scale = reach / (kind.maximum - kind.minimum) * q.scale
-        real = kernels.dequantize(q.integers, q.scale, shifted)
-        integers = kernels.quantize(real, scale, end, q.integers.dtype, kind.minimum, kind.maximum)
-        return QTensor(integers, scale, end)
+        span = kind.maximum - kind.minimum
+        if zero_point < kind.minimum:
+            scale, zero_point = (kind.maximum - zero_point) / span * q.scale, kind.minimum
+        elif zero_point > kind.maximum:
+            scale, zero_point = (zero_point - kind.minimum) / span * q.scale, kind.maximum
+        return _restated(kernels.add_scalar, q, steps, scale, zero_point)
 
     def mul_scalar(self, x: Tensor, y: float) -> QTensor:
         """``x * y`` for a number: a change of scale, mirrored for a negative one."""
         q = expect_quantized(self, x)
         kind = integer_type(q.integers.dtype)
         if y == 0:
-            return QTensor(torch.zeros_like(q.integers), 1.0, 0)
-        if y > 0:
-            return QTensor(q.integers, q.scale * y, q.zero_point)
-        ends = kind.minimum + kind.maximum
-        return QTensor(ends - q.integers, -y * q.scale, ends - q.zero_point)
+            scale, zero_point = 1.0, 0
+        elif y > 0:
+            scale, zero_point = q.scale * y, q.zero_point
+        else:
+            scale, zero_point = -y * q.scale, kind.minimum + kind.maximum - q.zero_point
+        return _restated(kernels.mul_scalar, q, y, scale, zero_point)
 
     @classmethod
     def from_float(

@@ -2,52 +2,72 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from eagerq.pt2e.exporting.doors import quantize
-from eagerq.qtensor import HANDLERS, QTensor
+from eagerq.qtensor import HANDLERS, KEEPING, QTensor
+from eagerq.qtensor_ops import _named, _same_parameters
 from eagerq.scheme import integer_type
 
 __all__ = ["FUNCTIONS"]
 
-# questions about a tensor and copies of it are answered by the QTensor itself, in integers
-_KEPT = frozenset(
-    (
-        *("clone", "detach", "contiguous", "is_floating_point", "is_complex", "numel", "is_inference", "size", "dim"),
-        *("nelement", "stride", "is_contiguous", "element_size", "storage_offset", "data_ptr", "get_device"),
-        *("is_pinned", "__len__", "to", "cpu", "cuda", "pin_memory", "dequantize", "int_repr", "__format__", "__get__"),
-        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
-    )
-)
+_Function = Callable[..., Any]
 
 
-def _on_reals(func: Callable[..., Any]) -> Callable[..., Any]:
+def _real(value: Any) -> Any:
+    return value.dequantize() if isinstance(value, QTensor) else value
+
+
+def _out_of_place(func: _Function) -> _Function:
+    """The function that returns what ``func`` (whose name ends so) writes into its argument."""
+    for owner in (torch, torch.Tensor, F):
+        if getattr(owner, func.__name__, None) is func:
+            found: _Function = getattr(owner, func.__name__[:-1])
+            return found
+    raise AssertionError(func)
+
+
+def _on_reals(func: _Function) -> _Function:
+    name, signature = func.__name__, inspect.signature(HANDLERS[func])
+    in_place = name.endswith("_") and not name.endswith("__")
+    pure = _out_of_place(func) if in_place else func
+
     def handler(*args: Any, **kwargs: Any) -> Any:
-        leaves, _ = tree_flatten((args, kwargs))
+        given = signature.bind(*args, **kwargs)
+        overwrite = given.arguments.pop("inplace", in_place)
+        leaves = tree_leaves((args, kwargs))
         first = next(leaf for leaf in leaves if isinstance(leaf, QTensor))
+        for leaf in leaves:
+            if isinstance(leaf, QTensor) or (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+                _same_parameters(first, leaf, name)
         kind = integer_type(first.integers.dtype)
         output = (first.scale, first.zero_point, kind.storage, kind.minimum, kind.maximum)
-
-        def real(value: Any) -> Any:
-            return value.dequantize() if isinstance(value, QTensor) else value
 
         def quantized(value: Any) -> Any:
             if isinstance(value, Tensor) and value.is_floating_point():
                 return QTensor(quantize(value, *output), first.scale, first.zero_point)
             return value
 
-        args, kwargs = tree_map(real, (args, kwargs))
-        return tree_map(quantized, func(*args, **kwargs))
+        result = tree_map(quantized, pure(*tree_map(_real, given.args), **tree_map(_real, given.kwargs)))
+        return first.overwrite(result) if overwrite else result
 
     return handler
 
 
-FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    func: _on_reals(func)
-    for func, handler in HANDLERS.items()
-    if handler.__module__ == "eagerq.qtensor_ops" and getattr(func, "__name__", "") not in _KEPT
+def _the_same(x: QTensor, *args: Any, **kwargs: Any) -> QTensor:
+    """A copy: a graph of values knows no memory, nor how it is laid out."""
+    return x.like(x.integers)
+
+
+FUNCTIONS: dict[_Function, _Function] = {
+    **{func: _on_reals(func) for func in KEEPING},
+    **{func: _the_same for func in _named("clone", "detach", "contiguous")},
+    getattr(torch.Tensor, "data").__get__: _the_same,  # noqa: B009
 }

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from eagerq.kernels.dispatch import Dialect, speaking
 from eagerq.pt2e.exporting.doors import DOORS
 from eagerq.pt2e.exporting.functions import FUNCTIONS
-from eagerq.pt2e.exporting.weights import centre_weights
+from eagerq.pt2e.exporting.weights import centre_weights, spread_scales
 from eagerq.quantize import convert
 from eagerq.twins import OBSERVER, Observing
 
@@ -32,5 +32,6 @@ def export(
     if any(isinstance(getattr(module, OBSERVER, None), Observing) for module in model.modules()):
         model = convert(model, inplace=True, as_trained=True)
     centre_weights(model)
+    spread_scales(model)
     with speaking(_QDQ), torch.no_grad():
         return torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes, strict=False)

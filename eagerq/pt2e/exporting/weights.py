@@ -1,4 +1,4 @@
-"""Weights as graph compilers take them: int8, around zero."""
+"""Weights as graph compilers take them: int8, around zero, a scale for each channel."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.functional import channel_shape, min_max
+from eagerq.nn.quantized.embedding import Embedding
 from eagerq.nn.quantized.state import StoredTensors
 from eagerq.scheme import integer_type
 
-__all__ = ["centre_weights"]
+__all__ = ["centre_weights", "spread_scales"]
 
 
 def centre_weights(model: nn.Module) -> None:
@@ -36,3 +37,18 @@ def _centred(weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> tu
     wider = torch.maximum(low / kind.minimum, high / kind.maximum).clamp_min(1).reshape(-1)
     integers = (steps / wider.reshape(shape)).round().to(weight.dtype)
     return integers, scale * wider, torch.zeros_like(zero_point)
+
+
+def spread_scales(model: nn.Module) -> None:
+    """Give every channel a scale and zero point of its own, though all may be equal, and every value a byte; in place.
+
+    Backends lower weights dequantized per channel, and not all of them others.
+    """
+    for module in model.modules():
+        if isinstance(module, Embedding):
+            module._weight = module.weight().integers
+        elif isinstance(module, StoredTensors):
+            for name in module._tables():
+                channels = getattr(module, f"_{name}").shape[module._axis]
+                for part in (f"_{name}_scale", f"_{name}_zero_point"):
+                    setattr(module, part, getattr(module, part).expand(channels).clone())

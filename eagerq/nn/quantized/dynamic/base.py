@@ -97,6 +97,11 @@ class DynamicModule(InputRange, WeightAndBias):
             got, remedy = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__, "pass a float tensor"
         raise InvalidInputError(f"expected a float tensor, got {got}", module=self, remedy=remedy)
 
+    @staticmethod
+    def _in_dtype_of(x: Tensor, y: Tensor) -> Tensor:
+        """The float32 result ``y`` in the dtype of the input."""
+        return y if x.dtype is y.dtype else y.to(x.dtype)  # exported, even a conversion to nothing new is a node
+
     @classmethod
     def from_float(
         cls: type[_Self], mod: nn.Module, use_precomputed_fake_quant: bool = False, as_trained: bool = False

@@ -28,7 +28,7 @@ class _ConvNd(ConvShape, DynamicModule):
         self._check_shape(x)
         parameters = (self._weight, self._weight_scale, self._weight_zero_point, self._bias)
         how = (self._stride, self._padding, self._dilation, self.groups, self.reduce_range and reduce_range)
-        return kernels.conv_dynamic(self._padded(x, 0), *parameters, *how).to(x.dtype)
+        return self._in_dtype_of(x, kernels.conv_dynamic(self._padded(x), *parameters, *how))
 
 
 class Conv1d(_ConvNd):
@@ -84,7 +84,8 @@ class _ConvTransposeNd(TransposedShape, DynamicModule):
         self._check_shape(x)
         parameters = (self._weight, self._weight_scale, self._weight_zero_point, self._bias)
         how = (self._stride, list(self.padding), self._output_padding(x, output_size), self._dilation, self.groups)
-        return kernels.conv_transpose_dynamic(x, *parameters, *how, self.reduce_range and reduce_range).to(x.dtype)
+        reduce_range = self.reduce_range and reduce_range
+        return self._in_dtype_of(x, kernels.conv_transpose_dynamic(x, *parameters, *how, reduce_range))
 
 
 class ConvTranspose1d(_ConvTransposeNd):

@@ -48,4 +48,4 @@ class Linear(LinearShape, DynamicModule):
             y = kernels.linear_dynamic(
                 x, self._weight, self._weight_scale, self._weight_zero_point, self._bias, self.reduce_range
             )
-        return (F.relu(y) if self.post_op == "relu" else y).to(x.dtype)
+        return self._in_dtype_of(x, F.relu(y) if self.post_op == "relu" else y)
