@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
 
 from eagerq.errors import InvalidInputError
 
@@ -21,6 +22,7 @@ __all__ = [
     "dynamic_qparams",
     "fake_quantize",
     "fake_quantize_learnable",
+    "fold_transposed",
     "float_qparams",
     "min_max",
     "moving_average",
@@ -45,6 +47,18 @@ def channel_shape(dim: int, axis: int) -> list[int]:
     shape = [1] * dim
     shape[axis] = -1
     return shape
+
+
+def fold_transposed(weight: Tensor, bias: Tensor | None, *norm: Any, groups: int) -> tuple[Tensor, Tensor]:
+    """Weight ``[in, out / groups, ...]`` and bias of a transposed convolution with a batch norm folded in.
+
+    Group by group, since torch's ``fuse_conv_bn_weights`` folds transposed convolutions of one group only; ``norm``
+    is what that takes: running mean, running variance, eps, weight and bias.
+    """
+    fuse: Any = fuse_conv_bn_weights
+    split = [x.detach().chunk(groups) if isinstance(x, Tensor) else [x] * groups for x in (weight, bias, *norm)]
+    weights, biases = zip(*(fuse(*part, transpose=True) for part in zip(*split, strict=True)), strict=True)
+    return torch.cat(weights), torch.cat(biases)
 
 
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_eval, fuse_conv_bn_weights, fuse_linear_bn_eval
+from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from eagerq import intrinsic
 from eagerq.errors import InvalidConfigError, UnsupportedError
+from eagerq.functional import fold_transposed
 from eagerq.quantization_mappings import ROWS
 
 __all__ = [
@@ -62,19 +62,10 @@ def _fold_conv(conv: nn.Module, bn: nn.Module) -> nn.Module:
 
 
 def _fold_conv_transpose(convt: Any, bn: Any) -> nn.Module:
-    """Group by group, since torch folds transposed convolutions of one group only."""
-    groups = convt.groups
-
-    def parts(values: Tensor | None) -> list[Any]:
-        return [None] * groups if values is None else list(values.detach().chunk(groups))
-
-    tensors = (convt.weight, convt.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    folded = [
-        fuse_conv_bn_weights(weight, bias, mean, var, bn.eps, gain, shift, True)
-        for weight, bias, mean, var, gain, shift in zip(*map(parts, tensors), strict=True)
-    ]
+    norm = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
     new = copy.deepcopy(convt)
-    new.weight, new.bias = (nn.Parameter(torch.cat(same)) for same in zip(*folded, strict=True))
+    folded = fold_transposed(convt.weight, convt.bias, *norm, groups=convt.groups)
+    new.weight, new.bias = map(nn.Parameter, folded)
     return new
 
 

@@ -32,6 +32,13 @@ from eagerq.pt2e.derived import (
     ObserverOrFakeQuantize,
     ObserverOrFakeQuantizeConstructor,
 )
+from eagerq.pt2e.export_utils import (
+    allow_exported_model_train_eval,
+    disallow_exported_model_train_eval,
+    model_is_exported,
+    move_exported_model_to_eval,
+    move_exported_model_to_train,
+)
 from eagerq.pt2e.exporting import export
 from eagerq.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
@@ -41,6 +48,12 @@ __all__ = [
     # the graph flow
     "convert_pt2e",
     "prepare_pt2e",
+    # modes of graphs
+    "allow_exported_model_train_eval",
+    "disallow_exported_model_train_eval",
+    "model_is_exported",
+    "move_exported_model_to_eval",
+    "move_exported_model_to_train",
     # observers
     "DerivedObserverOrFakeQuantize",
     "FixedQParamsObserver",

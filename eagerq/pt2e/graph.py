@@ -9,13 +9,17 @@ import torch
 from torch.fx import Node
 
 __all__ = [
+    "argument",
     "choose_qparams_of",
     "describe",
+    "erase_unused",
+    "has_argument",
     "is_choose_qparams",
     "is_dequantize",
     "is_quantize",
     "made_from",
     "qualified_name",
+    "set_argument",
     "users_of_values",
     "writes_buffer",
     "written_by",
@@ -107,3 +111,40 @@ def writes_buffer(node: Node, target: Node) -> bool:
         return False
     operations = {source.op for source in made_from(target)}
     return "get_attr" in operations and "placeholder" not in operations
+
+
+def _arguments(node: Node) -> list[Any]:
+    return node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else []
+
+
+def has_argument(node: Node, name: str) -> bool:
+    """Whether the node calls an operator that has an argument of this name."""
+    return any(known.name == name for known in _arguments(node))
+
+
+def argument(node: Node, name: str) -> Any:
+    """An operator's argument by its name in the schema: given by position, by name, or left at its default."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    index, known = next((index, known) for index, known in enumerate(_arguments(node)) if known.name == name)
+    return node.args[index] if index < len(node.args) else known.default_value
+
+
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Change an operator's argument, named as for :func:`argument`."""
+    known = _arguments(node)
+    index = next(index for index, one in enumerate(known) if one.name == name)
+    if name in node.kwargs or known[index].kwarg_only:
+        node.update_kwarg(name, value)
+    else:
+        before = [argument(node, one.name) for one in known[:index]]
+        node.args = (*before, value, *node.args[index + 1 :])
+
+
+def erase_unused(node: Node) -> None:
+    """Erase a node that has no users, then those of its inputs that have none left (but no input of the graph)."""
+    if not node.users and node.op != "placeholder":
+        sources = node.all_input_nodes
+        node.graph.erase_node(node)
+        for source in sources:
+            erase_unused(source)

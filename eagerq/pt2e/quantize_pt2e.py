@@ -8,7 +8,9 @@ from torch.fx import GraphModule
 
 from eagerq.errors import InvalidArgumentError, UnsupportedError
 from eagerq.pt2e.constant_folding import fold_quantize as fold_constants
+from eagerq.pt2e.conv_bn import fold_batch_norms
 from eagerq.pt2e.convert import replace_observers
+from eagerq.pt2e.export_utils import disallow_exported_model_train_eval
 from eagerq.pt2e.prepare import insert_observers
 from eagerq.pt2e.quantizer.duplicate_dq_pass import DuplicateDQPass
 from eagerq.pt2e.quantizer.port_metadata_pass import PortNodeMetaForQDQ
@@ -33,12 +35,12 @@ def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
         InvalidArgumentError: when ``model`` is not an exported model.
         InvalidConfigError: for an annotation that cannot be followed, naming the node.
     """
-    model = _working_copy(model)
+    model = fold_batch_norms(_working_copy(model))
     model = quantizer.transform_for_annotation(model)
     quantizer.annotate(model)
     quantizer.validate(model)
     insert_observers(model, is_qat=False, callback=getattr(quantizer, "prepare_obs_or_fq_callback", None))
-    return model
+    return disallow_exported_model_train_eval(model)
 
 
 def convert_pt2e(
@@ -70,7 +72,7 @@ def convert_pt2e(
     PortNodeMetaForQDQ()(model)
     if fold_quantize:
         fold_constants(model)
-    return pruned(model)
+    return disallow_exported_model_train_eval(pruned(model))
 
 
 def _working_copy(model: Any) -> GraphModule:

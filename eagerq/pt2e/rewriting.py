@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from eagerq.pt2e.quantizer.quantizer import ANNOTATION
 
-__all__ = ["Names", "add_buffer", "attribute_of", "copied", "pruned"]
+__all__ = ["Names", "add_buffer", "attribute_of", "copied", "owner_of", "pruned"]
 
 
 def copied(model: GraphModule) -> GraphModule:
@@ -43,7 +43,7 @@ def _module_of(model: GraphModule, graph: Graph) -> GraphModule:
     made.meta.update(model.meta)
     for node in graph.nodes:
         if node.op == "get_attr":  # the constructor registers every tensor as part of the state_dict
-            (owner, name), (made_owner, _) = _owner_of(model, node.target), _owner_of(made, node.target)
+            (owner, name), (made_owner, _) = owner_of(model, node.target), owner_of(made, node.target)
             if name in owner._non_persistent_buffers_set:
                 made_owner._non_persistent_buffers_set.add(name)
     return made
@@ -68,7 +68,7 @@ def _in_terms_of(twins: Mapping[Node, Node], annotation: Any) -> Any:
     return made
 
 
-def _owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The submodule that holds what ``path`` names, and its name there."""
     owner, _, name = path.rpartition(".")
     return model.get_submodule(owner), name
@@ -77,7 +77,7 @@ def _owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 def attribute_of(model: GraphModule, node: Node) -> Any:
     """What a ``get_attr`` or ``call_module`` node of the model's graph speaks of."""
     assert isinstance(node.target, str)
-    owner, name = _owner_of(model, node.target)
+    owner, name = owner_of(model, node.target)
     return getattr(owner, name)
 
 
