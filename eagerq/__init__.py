@@ -1,5 +1,8 @@
 """Eager-mode quantization-aware training for PyTorch: fuse, prepare, fine-tune, convert to int8."""
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
 # these two register what torch's functions do with QTensors
 from eagerq import qtensor_activations as qtensor_activations
 from eagerq import qtensor_ops as qtensor_ops
@@ -165,6 +168,17 @@ from eagerq.stubs import (
     QuantWrapper,
 )
 from eagerq.training import QATSchedule, calibrate, default_eval_fn, fine_tune
+
+# the graph side is for those who export: loaded when it is first asked for
+if TYPE_CHECKING:
+    from eagerq import pt2e as pt2e
+else:
+
+    def __getattr__(name):
+        if name == "pt2e":
+            return _import_module("eagerq.pt2e")
+        raise AttributeError(f"module 'eagerq' has no attribute {name!r}")
+
 
 __all__ = [
     # errors

@@ -207,7 +207,7 @@ def check_reexports(path: str, text: str) -> list[str]:
     return [
         f"eagerq/{path}:{node.lineno}: only explicit imports, __all__ and __version__ belong here"
         for node in ast.parse(text, path).body
-        if not _only_reexports(node)
+        if not _only_reexports(node) and not (path == "__init__.py" and _loads_on_first_use(node))
     ]
 
 
@@ -226,6 +226,21 @@ def _only_reexports(node: ast.stmt) -> bool:
             return False
         return True
     return isinstance(node, ast.Import)
+
+
+def _loads_on_first_use(node: ast.stmt) -> bool:
+    """``if TYPE_CHECKING:`` a re-export, ``else:`` a ``__getattr__`` that imports by one ``if`` and else raises."""
+    if not isinstance(node, ast.If) or ast.unparse(node.test) != "TYPE_CHECKING" or len(node.orelse) != 1:
+        return False
+    function = node.orelse[0]
+    return (
+        all(_only_reexports(inner) for inner in node.body)
+        and isinstance(function, ast.FunctionDef)
+        and function.name == "__getattr__"
+        and [type(statement) for statement in function.body] == [ast.If, ast.Raise]
+        and ast.unparse(function.body[0]).count("\n") == 1
+        and "return _import_module(" in ast.unparse(function.body[0])
+    )
 
 
 CHECKS = (check_levels, check_forbidden, check_length, check_reexports)
@@ -396,3 +411,30 @@ def test_length() -> None:
 def test_reexports(path: str, text: str, fine: bool) -> None:
     assert bool(check_reexports(path, text)) is not fine
     assert check_reexports("observer.py", text) == []
+
+
+LAZY = """
+if TYPE_CHECKING:
+    from eagerq import pt2e as pt2e
+else:
+    def __getattr__(name):
+        if name == "pt2e":
+            return _import_module("eagerq.pt2e")
+        raise AttributeError(name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "fine"),
+    [
+        ("__init__.py", LAZY, True),
+        ("nn/__init__.py", LAZY, False),
+        ("utils.py", LAZY, False),
+        ("__init__.py", LAZY.replace("TYPE_CHECKING", "True"), False),
+        ("__init__.py", LAZY.replace("__getattr__", "helper"), False),
+        ("__init__.py", LAZY.replace("        raise", "        table = {}\n        raise"), False),
+        ("__init__.py", LAZY.replace("return _import_module", "return helper"), False),
+    ],
+)
+def test_loading_on_first_use(path: str, text: str, fine: bool) -> None:
+    assert bool(check_reexports(path, text)) is not fine
