@@ -13,11 +13,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from eagerq.pt2e.graph import is_dequantize, is_quantize, made_from, written_by
+from eagerq.pt2e.quantizer.quantizer import ANNOTATION
 from eagerq.pt2e.rewriting import Names, add_buffer, attribute_of
 
 __all__ = ["constants_of", "fold_quantize", "value_of"]
 
-_OF_THE_FLOAT_VALUE = ("val", "tensor_meta")
+_OF_THE_FLOAT_VALUE = ("val", "tensor_meta", ANNOTATION)
 
 
 def constants_of(model: GraphModule) -> set[Node]:
@@ -26,8 +27,7 @@ def constants_of(model: GraphModule) -> set[Node]:
     Buffers that the graph writes to do not count, nor what is drawn at random, nor a dequantize: integers
     and the dequantize that follows them are what backends look for.
     """
-    written = {target for node in model.graph.nodes if (target := written_by(node)) is not None}
-    changing = {source for target in written for source in made_from(target)}
+    changing = made_from(*(target for node in model.graph.nodes if (target := written_by(node)) is not None))
     constants: set[Node] = set()
     for node in model.graph.nodes:
         if node not in changing and _is_known(model, node, constants):

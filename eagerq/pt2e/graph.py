@@ -95,9 +95,9 @@ def written_by(node: Node) -> Node | None:
     return node.args[0] if alias is not None and alias.is_write else None
 
 
-def made_from(node: Node) -> set[Node]:
-    """All the nodes that a node's value depends on, itself among them."""
-    found, ahead = {node}, [node]
+def made_from(*nodes: Node) -> set[Node]:
+    """All the nodes that the values of these depend on, themselves among them."""
+    found, ahead = set(nodes), list(nodes)
     while ahead:
         new = [source for source in ahead.pop().all_input_nodes if source not in found]
         found.update(new)
