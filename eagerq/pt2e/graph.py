@@ -18,6 +18,7 @@ __all__ = [
     "is_dequantize",
     "is_quantize",
     "made_from",
+    "modules_of",
     "qualified_name",
     "set_argument",
     "users_of_values",
@@ -62,14 +63,23 @@ def choose_qparams_of(quantize: Node) -> list[Node]:
     return [*sources, *sources[0].all_input_nodes] if sources else []
 
 
+def modules_of(node: Node) -> list[tuple[str, str]]:
+    """Qualified name and class (``torch.nn.modules.linear.Linear``) of the modules that a node comes from, outer first.
+
+    Parameters, inputs and outputs come from none; the root has an empty name.
+    """
+    found = []
+    for entry in (node.meta.get("nn_module_stack") or {}).values():
+        path, kind = entry if isinstance(entry, tuple) else (str(entry), "")
+        name = path.removeprefix("L['self']").removeprefix("L__self__").lstrip(".")
+        found.append((name, f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)))
+    return found
+
+
 def qualified_name(node: Node) -> str:
     """Of the innermost module that the node comes from; empty for the root or where it is not known."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    entry: Any = list(stack.values())[-1]
-    path = entry[0] if isinstance(entry, tuple) else str(entry)
-    return path.removeprefix("L['self']").removeprefix("L__self__").lstrip(".")
+    stack = modules_of(node)
+    return stack[-1][0] if stack else ""
 
 
 def describe(node: Any) -> str:

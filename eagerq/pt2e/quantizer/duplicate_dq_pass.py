@@ -7,6 +7,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from eagerq.pt2e.graph import choose_qparams_of, is_dequantize, users_of_values
 from eagerq.pt2e.quantizer.quantizer import ANNOTATION
+from eagerq.pt2e.quantizer.utils import is_valid_annotation
 
 __all__ = ["DuplicateDQPass"]
 
@@ -25,7 +26,7 @@ class DuplicateDQPass(PassBase):
     def call(self, graph_module: GraphModule) -> PassResult:
         modified = False
         for node in [node for node in graph_module.graph.nodes if is_dequantize(node)]:
-            users = [user for user in users_of_values(node) if _is_annotated(user)]
+            users = [user for user in users_of_values(node) if is_valid_annotation(user.meta.get(ANNOTATION))]
             if len(users_of_values(node)) > 1 and not _is_dynamic(node):
                 for user in users:
                     with graph_module.graph.inserting_after(node):
@@ -35,11 +36,6 @@ class DuplicateDQPass(PassBase):
             graph_module.graph.eliminate_dead_code()
             graph_module.recompile()
         return PassResult(graph_module, modified)
-
-
-def _is_annotated(node: Node) -> bool:
-    annotation = node.meta.get(ANNOTATION)
-    return annotation is not None and bool(annotation.input_qspec_map or annotation.output_qspec is not None)
 
 
 def _is_dynamic(dequantize: Node) -> bool:
