@@ -8,8 +8,10 @@ what was wanted, and how to mend it.  The classes also derive from the built-in 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from types import FrameType
 
 from torch import nn
 
@@ -25,7 +27,9 @@ __all__ = [
     "calling_module",
     "describe",
     "nearest",
+    "raising_module",
     "stamp_names",
+    "stamped_name",
 ]
 
 _NAME = "_eagerq_name"
@@ -102,23 +106,50 @@ def describe(module: nn.Module) -> str:
     cls = type(module)
     package = next((public for public in _PUBLIC_PACKAGES if cls.__module__.startswith(public)), cls.__module__)
     shown = f"{package}.{cls.__name__}"
-    name = module.__dict__.get(_NAME)
+    name = stamped_name(module)
     return f"'{name}' ({shown})" if name else shown
+
+
+def stamped_name(module: nn.Module) -> str:
+    """The name stamped on a module; empty for a root or an unstamped one."""
+    name: str = module.__dict__.get(_NAME, "")
+    return name
 
 
 def calling_module() -> nn.Module | None:
     """The innermost module with a method running, stamped with its name in the outermost one.
 
-    Looks up the stack, so it is for error paths only: foreign modules carry no name otherwise.
+    Looks up the stack, which takes a while: for error paths, since foreign modules carry no name otherwise,
+    and for tracing.
     """
+
+    def frames() -> Iterator[FrameType]:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
+
+    return _innermost(frames())
+
+
+def raising_module(error: BaseException) -> nn.Module | None:
+    """As :func:`calling_module`, where an error was first raised."""
+    module, cause = None, error.__cause__ or error.__context__
+    if cause is not None:
+        module = raising_module(cause)
+    if module is None:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        module = _innermost(reversed(frames))
+    return module
+
+
+def _innermost(frames: Iterable[FrameType]) -> nn.Module | None:
     running = []
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in frames:
         first = next(iter(frame.f_code.co_varnames), "")
         module = frame.f_locals.get(first)
         if isinstance(module, nn.Module) and (first == "self" or frame.f_code.co_name == "forward"):
             running.append(module)
-        frame = frame.f_back  # type: ignore[assignment]
     if not running:
         return None
     innermost = running[0]

@@ -9,16 +9,17 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from eagerq.kernels.dispatch import Dialect, speaking
-from eagerq.pt2e.exporting.doors import DOORS
-from eagerq.pt2e.exporting.functions import FUNCTIONS
+from eagerq.errors import InvalidArgumentError, InvalidConfigError, stamp_names
+from eagerq.nn.quantized import QuantizedModule
+from eagerq.nn.quantized.state import StoredTensors
+from eagerq.pt2e.exporting.annotating import annotate
+from eagerq.pt2e.exporting.constants import settle_constants
+from eagerq.pt2e.exporting.tracing import trace
 from eagerq.pt2e.exporting.weights import centre_weights, spread_scales
 from eagerq.quantize import convert
-from eagerq.twins import OBSERVER, Observing
+from eagerq.twins import Observing
 
 __all__ = ["export"]
-
-_QDQ = Dialect(DOORS, FUNCTIONS)
 
 
 def export(
@@ -28,10 +29,41 @@ def export(
     activation_dtype: torch.dtype | None = None,
 ) -> ExportedProgram:
     """The program of a prepared or converted model in Q/DQ form, for graph compilers."""
+    if not isinstance(example_inputs, tuple):
+        raise InvalidArgumentError(
+            f"example_inputs is a {type(example_inputs).__name__}, not a tuple",
+            remedy="pass the positional arguments of the model's forward as a tuple, such as (x,)",
+        )
+    int8 = _int8(model)
+    program = settle_constants(trace(int8, example_inputs, dynamic_shapes), _state_names(int8))
+    annotate(program)
+    return program
+
+
+def _int8(model: nn.Module) -> nn.Module:
+    """A copy of the model with int8 modules, in eval mode, its modules named."""
+    kinds = [type(module) for module in model.modules()]
+    prepared = any(issubclass(kind, Observing) for kind in kinds)
+    if not prepared and not any(issubclass(kind, QuantizedModule) for kind in kinds):
+        raise InvalidConfigError(
+            "export got a float model that is not prepared: nothing in it says how to quantize",
+            module=model,
+            remedy="call prepare_qat (or prepare) with a qconfig and run the model on data first",
+        )
     model = copy.deepcopy(model).eval()
-    if any(isinstance(getattr(module, OBSERVER, None), Observing) for module in model.modules()):
+    if prepared:
         model = convert(model, inplace=True, as_trained=True)
     centre_weights(model)
     spread_scales(model)
-    with speaking(_QDQ), torch.no_grad():
-        return torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes, strict=False)
+    stamp_names(model)
+    return model
+
+
+def _state_names(int8: nn.Module) -> dict[str, str]:
+    """The buffers of int8 modules to the names that a state_dict has for them."""
+    return {
+        f"{path}._{name}".lstrip("."): f"{path}.{name}".lstrip(".")
+        for path, module in int8.named_modules()
+        if isinstance(module, StoredTensors)
+        for name in module._STORED
+    }

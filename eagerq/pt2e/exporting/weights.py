@@ -42,7 +42,8 @@ def _centred(weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> tu
 def spread_scales(model: nn.Module) -> None:
     """Give every channel a scale and zero point of its own, though all may be equal, and every value a byte; in place.
 
-    Backends lower weights dequantized per channel, and not all of them others.
+    Backends lower weights dequantized per channel, and not all of them others.  Integer zero points become int64, as
+    the graph flow has them.
     """
     for module in model.modules():
         if isinstance(module, Embedding):
@@ -50,5 +51,8 @@ def spread_scales(model: nn.Module) -> None:
         elif isinstance(module, StoredTensors):
             for name in module._tables():
                 channels = getattr(module, f"_{name}").shape[module._axis]
-                for part in (f"_{name}_scale", f"_{name}_zero_point"):
-                    setattr(module, part, getattr(module, part).expand(channels).clone())
+                scale, zero_point = getattr(module, f"_{name}_scale"), getattr(module, f"_{name}_zero_point")
+                if not zero_point.is_floating_point():
+                    zero_point = zero_point.long()
+                setattr(module, f"_{name}_scale", scale.expand(channels).clone())
+                setattr(module, f"_{name}_zero_point", zero_point.expand(channels).clone())

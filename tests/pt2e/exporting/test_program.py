@@ -2,44 +2,84 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
+from pt2e.exporting.nets import IMAGES, prepared, saved_and_loaded
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import eagerq
-from eagerq.nn.quantized import FloatFunctional
 from eagerq.pt2e import export
 
 
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.quant, self.dequant = eagerq.QuantStub(), eagerq.DeQuantStub()
-        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
-        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.pool, self.sum, self.classify = nn.MaxPool2d(2), FloatFunctional(), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn(self.conv(self.quant(x))))
-        x = self.sum.add(x, self.depthwise(x))
-        out: Tensor = self.dequant(self.classify(self.pool(x).mean([2, 3])))
-        return out
-
-
-@pytest.fixture
-def prepared() -> nn.Module:
-    torch.manual_seed(0)
-    model = Residual().train()
-    model.qconfig = eagerq.get_default_qat_qconfig("onednn")  # type: ignore[assignment]
-    model = eagerq.prepare_qat(eagerq.fuse_modules_qat(model, ["conv", "bn", "relu"]))
-    model(torch.randn(8, 3, 16, 16))
-    return model.eval()
-
-
 @pytest.mark.parametrize("converted", [False, True])
-def test_a_model_becomes_a_graph_of_the_same_integers(prepared: nn.Module, converted: bool) -> None:
-    int8 = eagerq.convert(prepared, as_trained=True)
-    x = torch.randn(4, 3, 16, 16)
-    program = export(int8 if converted else prepared, (x,))
+@pytest.mark.parametrize("backend", ["onednn", "qnnpack"])
+def test_a_model_becomes_a_graph_of_the_same_integers(converted: bool, backend: str) -> None:
+    model = prepared(eagerq.get_default_qat_qconfig(backend))
+    int8 = eagerq.convert(model, as_trained=True)
+    x = torch.randn(IMAGES)
+    program = export(int8 if converted else model, (x,))
     assert not [node for node in program.graph.nodes if "eagerq" in str(node.target)]
     assert ((program.module()(x) - int8(x)) / int8.classify.scale).abs().max().round() <= 1
+
+
+def test_weights_are_buffers_with_the_names_and_integers_of_the_state_dict() -> None:
+    model = prepared()
+    int8 = eagerq.convert(model, as_trained=True)
+    program = export(model, (torch.randn(IMAGES),))
+    state = int8.state_dict()
+    assert list(program.state_dict) == [
+        f"{layer}.{what}"
+        for layer in ("conv", "depthwise", "classify")
+        for what in ("weight", "weight_scale", "weight_zero_point", "bias")
+    ]
+    for name, value in program.state_dict.items():
+        assert torch.equal(value, state[name].to(value.dtype)), name
+        assert value.dtype is (torch.int64 if name.endswith("zero_point") else state[name].dtype), name
+    assert not program.constants
+    assert [spec.arg.name for spec in program.graph_signature.input_specs] == [
+        *(f"b_{name.replace('.', '_')}" for name in program.state_dict),
+        "x",
+    ]
+
+
+def test_one_scale_for_a_whole_weight_is_one_for_each_channel() -> None:
+    model = prepared(eagerq.get_default_qat_qconfig("qnnpack"))
+    program = export(model, (torch.randn(IMAGES),))
+    weight = eagerq.convert(model, as_trained=True).conv.weight()
+    assert program.state_dict["conv.weight_scale"].tolist() == [weight.q_scale()] * 8
+    assert program.state_dict["conv.weight_zero_point"].tolist() == [0] * 8
+
+
+def _saved(program: ExportedProgram, x: Tensor) -> nn.Module:
+    return saved_and_loaded(program).module()
+
+
+def _exported_again(program: ExportedProgram, x: Tensor) -> nn.Module:
+    return torch.export.export(program.module(), (x,)).module()
+
+
+def _exported_strictly(program: ExportedProgram, x: Tensor) -> nn.Module:
+    return torch.export.export(program.module(), (x,), strict=True).module()
+
+
+def _decomposed(program: ExportedProgram, x: Tensor) -> nn.Module:
+    return program.run_decompositions().module()
+
+
+def _copied(program: ExportedProgram, x: Tensor) -> nn.Module:
+    return copy.deepcopy(program).module()
+
+
+@pytest.mark.parametrize("way", [_saved, _exported_again, _exported_strictly, _decomposed, _copied])
+@pytest.mark.parametrize("backend", ["onednn", "qnnpack"])
+def test_the_program_goes_wherever_programs_go(
+    way: Callable[[ExportedProgram, Tensor], nn.Module], backend: str
+) -> None:
+    x = torch.randn(IMAGES)
+    program = export(prepared(eagerq.get_default_qat_qconfig(backend)), (x,))
+    program.validate()
+    assert torch.equal(way(program, x)(x), program.module()(x))
