@@ -17,7 +17,7 @@ from eagerq.pt2e.derived import DerivedObserverOrFakeQuantize
 from eagerq.pt2e.graph import writes_buffer
 from eagerq.pt2e.quantizer.quantizer import ANNOTATION, EdgeOrNode
 from eagerq.pt2e.rewriting import Names
-from eagerq.pt2e.sharing import Specs, describe_place, groups_of, own_spec, specs_of
+from eagerq.pt2e.sharing import Specs, describe_place, groups_of, own_specs, specs_of
 from eagerq.scheme import is_per_channel
 
 __all__ = ["insert_observers", "observers_of"]
@@ -56,8 +56,8 @@ class _Making:
     """Makes one observer for each group, those that others derive from first."""
 
     def __init__(self, specs: Specs, is_qat: bool) -> None:
-        self.specs, self.is_qat = specs, is_qat
-        self.group_of = {place: index for index, group in enumerate(groups_of(specs)) for place in group}
+        self.own, self.is_qat = own_specs(specs), is_qat
+        self.group_of = {place: index for index, group in enumerate(groups_of(specs, self.own)) for place in group}
         self.first = {index: place for place, index in reversed(self.group_of.items())}
         self.made: dict[int, Any] = {}
         self.under_way: set[int] = set()
@@ -75,7 +75,7 @@ class _Making:
         return self.made[group]
 
     def _make(self, place: EdgeOrNode) -> Any:
-        spec = own_spec(place, self.specs)
+        spec = self.own[place]
         if spec is None:
             return None
         try:
@@ -91,7 +91,7 @@ class _Making:
     def _derived(self, place: EdgeOrNode, spec: Any) -> Any:
         sources = []
         for source in spec.derived_from:
-            observer = self.observer(source) if source in self.specs else None
+            observer = self.observer(source) if source in self.own else None
             if observer is None:
                 raise InvalidConfigError(
                     f"the parameters of {describe_place(place)} are derived from {describe_place(source)}, "

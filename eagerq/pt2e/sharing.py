@@ -8,7 +8,7 @@ terms is said of one group, unless the consumers do not allow it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -17,7 +17,7 @@ from eagerq.errors import InvalidConfigError
 from eagerq.pt2e.graph import describe
 from eagerq.pt2e.quantizer.quantizer import ANNOTATION, EdgeOrNode
 
-__all__ = ["describe_place", "groups_of", "own_spec", "specs_of"]
+__all__ = ["describe_place", "groups_of", "own_specs", "specs_of"]
 
 Specs = dict[EdgeOrNode, Any]
 
@@ -59,29 +59,38 @@ def _annotated(graph: Graph) -> Iterator[tuple[EdgeOrNode, Any]]:
             yield node, annotation.output_qspec
 
 
-def own_spec(place: EdgeOrNode, specs: Specs) -> Any:
-    """The specification that a place comes to when sharing is followed; None if it stays float.
+def own_specs(specs: Specs) -> Specs:
+    """The specification that each place comes to when sharing is followed; None where it stays float.
 
     Raises:
         InvalidConfigError: when sharing leads to a place that has none, or round in a circle.
     """
-    seen: dict[EdgeOrNode, None] = {}
-    while hasattr(specs[place], "edge_or_node"):
-        seen[place] = None
-        shared_with = specs[place].edge_or_node
-        if shared_with not in specs:
-            raise InvalidConfigError(
-                f"{describe_place(place)} shares the observer of {describe_place(shared_with)}, which has none",
-                remedy="annotate that place too, or give this one a specification of its own",
-            )
-        if shared_with in seen:
-            circle = ", ".join(describe_place(member) for member in seen)
-            raise InvalidConfigError(
-                f"these places share with each other and none has a specification of its own: {circle}",
-                remedy="give one of them a specification that is not shared",
-            )
-        place = shared_with
-    return specs[place]
+    own: Specs = {}
+    for place in specs:
+        path: dict[EdgeOrNode, None] = {}
+        end = place
+        while end not in own and hasattr(specs[end], "edge_or_node"):
+            path[end] = None
+            end = _shared_with(end, path, specs)
+        found = own[end] if end in own else specs[end]
+        own.update(dict.fromkeys((*path, end), found))
+    return own
+
+
+def _shared_with(place: EdgeOrNode, path: Collection[EdgeOrNode], specs: Specs) -> EdgeOrNode:
+    target: EdgeOrNode = specs[place].edge_or_node
+    if target not in specs:
+        raise InvalidConfigError(
+            f"{describe_place(place)} shares the observer of {describe_place(target)}, which has none",
+            remedy="annotate that place too, or give this one a specification of its own",
+        )
+    if target in path:
+        circle = ", ".join(describe_place(member) for member in path)
+        raise InvalidConfigError(
+            f"these places share with each other and none has a specification of its own: {circle}",
+            remedy="give one of them a specification that is not shared",
+        )
+    return target
 
 
 class _Union:
@@ -99,10 +108,14 @@ class _Union:
         self.parent[self.root(second)] = self.root(first)
 
 
-def groups_of(specs: Specs) -> list[list[EdgeOrNode]]:
-    """The groups of places that share one observer, and in each the places, in the order of ``specs``."""
+def groups_of(specs: Specs, own: Specs) -> list[list[EdgeOrNode]]:
+    """The groups of places that share one observer, and in each the places, in the order of ``specs``.
+
+    Args:
+        own: from :func:`own_specs`.
+    """
     union = _Union(specs)
-    for tensor in _said_of_one_tensor(specs):
+    for tensor in _said_of_one_tensor(own):
         for place in tensor[1:]:
             union.join(tensor[0], place)
     for place, spec in specs.items():
@@ -114,12 +127,11 @@ def groups_of(specs: Specs) -> list[list[EdgeOrNode]]:
     return list(groups.values())
 
 
-def _said_of_one_tensor(specs: Specs) -> Iterator[list[EdgeOrNode]]:
+def _said_of_one_tensor(own: Specs) -> Iterator[list[EdgeOrNode]]:
     """Places of the same tensor, in the same terms, where a consumer allows to share."""
     alike: dict[Any, list[EdgeOrNode]] = {}
     allowed = set()
-    for place in specs:
-        spec = own_spec(place, specs)
+    for place, spec in own.items():
         if spec is None:
             continue
         producer, consumer = place if isinstance(place, tuple) else (place, None)
