@@ -14,6 +14,7 @@ from eagerq.nn.quantized import QuantizedModule
 from eagerq.nn.quantized.state import StoredTensors
 from eagerq.pt2e.exporting.annotating import annotate
 from eagerq.pt2e.exporting.constants import settle_constants
+from eagerq.pt2e.exporting.restating import checked_dtype, restate
 from eagerq.pt2e.exporting.tracing import trace
 from eagerq.pt2e.exporting.weights import centre_weights, spread_scales
 from eagerq.quantize import convert
@@ -34,8 +35,11 @@ def export(
             f"example_inputs is a {type(example_inputs).__name__}, not a tuple",
             remedy="pass the positional arguments of the model's forward as a tuple, such as (x,)",
         )
+    wanted = checked_dtype(activation_dtype)
     int8 = _int8(model)
     program = settle_constants(trace(int8, example_inputs, dynamic_shapes), _state_names(int8))
+    if wanted is not None:
+        restate(program, wanted)
     annotate(program)
     return program
 
