@@ -51,11 +51,19 @@ _ROOTS: dict[str, tuple[str, ...]] = {
     "torch.ao.quantization.pt2e": ("eagerq.pt2e",),
     "torch.ao.quantization.quantize_pt2e": ("eagerq.pt2e.quantize_pt2e", "eagerq.pt2e"),
     "torch.ao.quantization.quantizer": ("eagerq.pt2e.quantizer",),
+    **{
+        f"{old}.{part}": (f"eagerq.pt2e.quantizer.{part}",)
+        for old in ("torch.ao.quantization.pt2e", "torchao.quantization.pt2e")
+        for part in ("duplicate_dq_pass", "port_metadata_pass")
+    },
+    "torchao.quantization.pt2e.observer": ("eagerq.observer", "eagerq.pt2e"),
+    "torchao.quantization.pt2e.fake_quantize": ("eagerq.fake_quantize",),
+    "torchao.quantization.pt2e.learnable_fake_quantize": ("eagerq.fake_quantize",),
     "torch.ao.ns._numeric_suite": ("eagerq.numeric_suite",),
     "torch.quantization._numeric_suite": ("eagerq.numeric_suite",),
 }
 for _old in ("torch.ao.quantization", "torch.quantization"):
-    _ROOTS[_old] = ("eagerq",)
+    _ROOTS[_old] = ("eagerq", "eagerq.pt2e")
     for _part in (
         *("observer", "fake_quantize", "qconfig", "qconfig_mapping", "stubs", "utils"),
         *("fuse_modules", "fuser_method_mappings", "quantization_mappings", "quantize"),
@@ -80,7 +88,11 @@ _NAMESPACES = frozenset(
     (*("torch", "torch.nn", "torch.ao", "torch.ao.nn", "torch.ao.ns"), "torchao", "torchao.quantization")
 )
 
-_RENAMED = {"_LearnableFakeQuantize": "LearnableFakeQuantize"}
+_RENAMED = {
+    "_LearnableFakeQuantize": "LearnableFakeQuantize",
+    "_get_module_name_filter": "get_module_name_filter",
+    "Q_ANNOTATION_KEY": "ANNOTATION",
+}
 
 _OBJECTS = {
     "torch.quint8": ("torch", "uint8"),
