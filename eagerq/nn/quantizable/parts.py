@@ -118,6 +118,6 @@ def zeros(like: Tensor, shape: Sequence[int], scale: float | None = None, zero_p
     """Zeros beside ``like``: float, or a QTensor with its parameters where none are given."""
     if not isinstance(like, QTensor):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    scale = like.scale if scale is None else scale
     zero_point = like.zero_point if zero_point is None else zero_point
-    integers = torch.full(shape, zero_point, dtype=like.integers.dtype, device=like.device)
-    return QTensor(integers, like.scale if scale is None else scale, zero_point)
+    return quantize_per_tensor(torch.zeros(shape, device=like.device), scale, zero_point, like.integers.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from eagerq import kernels
 from eagerq.functional import SMALLEST_TRAINING_SCALE
+from eagerq.kernels.reference import single
 from eagerq.pt2e import operators
 from eagerq.scheme import integer_type
 
@@ -146,9 +148,20 @@ _POINTWISE: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def _between_steps(threshold: float, scale: float, zero_point: int) -> float:
+    """What parts the integers as ``threshold`` does eagerly, whichever way the value of one on it is rounded."""
+    if not math.isfinite(threshold):
+        return threshold
+    nearest = round(threshold / scale)
+    value = single(single(scale) * (nearest + zero_point) - single(single(scale) * zero_point))
+    return (nearest + (0.5 if value <= single(threshold) else -0.5)) * scale
+
+
 def _pointwise(
     x: Tensor, function: str, arguments: Sequence[float], x_scale: float, x_zero_point: int, *output: Any
 ) -> Tensor:
+    if function == "threshold":
+        arguments = (_between_steps(arguments[0], x_scale, x_zero_point), arguments[1])
     return quantize(_POINTWISE[function](dequantize(x, x_scale, x_zero_point), *arguments), *output)
 
 

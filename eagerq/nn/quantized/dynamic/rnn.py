@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from eagerq.checkpoint import rename
 from eagerq.errors import InvalidArgumentError, InvalidInputError, UnsupportedError
+from eagerq.kernels.dispatch import dialect
 from eagerq.nn.quantized.dynamic.recurrent import Project, RecurrentModule, State, Step, gru_step, lstm_step
 
 __all__ = ["GRU", "LSTM", "RNNBase"]
@@ -184,6 +185,12 @@ class RNNBase(RecurrentModule):
         return y.unflatten(0, (steps, batch)), state
 
     def _forward_packed(self, x: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        if dialect() is not None:
+            raise UnsupportedError(
+                "a packed sequence has another shape for each batch, and a graph one for all",
+                module=self,
+                remedy="export it with padded sequences (torch.nn.utils.rnn.pad_packed_sequence)",
+            )
         data, sizes, order, back = x
         data = self._expect(data, "input", (None, self.input_size))
         state = self._start(hx, data, (self._states, int(sizes[0]), self.hidden_size))
