@@ -83,7 +83,7 @@ def _through_float(func: Callable[..., Any]) -> Callable[..., Any]:
 
 def _named(*names: str) -> list[Callable[..., Any]]:
     """Each name as a function of torch and as a method of Tensor, where they exist."""
-    found = (getattr(owner, name, None) for owner in (torch, torch.Tensor) for name in names)
+    found = [*map(vars(torch).get, names), *(getattr(torch.Tensor, name, None) for name in names)]
     return [func for func in found if func is not None]
 
 
@@ -332,14 +332,8 @@ for _func in _named(
     HANDLERS[_func] = _on_reals(_func)
 
 
-@_handle(*_named("dequantize"))
-def _dequantize(x: QTensor) -> Tensor:
-    return x.dequantize()
-
-
-@_handle(*_named("int_repr"))
-def _int_repr(x: QTensor) -> Tensor:
-    return x.int_repr()
+_handle(*_named("dequantize"))(QTensor.dequantize)
+_handle(*_named("int_repr"))(QTensor.int_repr)
 
 
 @_handle(torch.Tensor.__format__)

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from pt2e.exporting.cases import CASES, Around, dynamic_model, inputs_of, int8_model, step
-from torch import Tensor, nn
+from pt2e.exporting.graphs import exported, steps_between, used
+from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from eagerq.pt2e import export
-from eagerq.pt2e.operators import DEQUANTIZE, QUANTIZE
+from eagerq import DeQuantStub, QuantStub
+from eagerq.nn import quantized
+from eagerq.nn.quantized.state import StoredTensors
+from eagerq.pt2e.operators import (
+    CHOOSE_QPARAMS_AFFINE,
+    DEQUANTIZE,
+    DEQUANTIZE_PER_CHANNEL,
+    DEQUANTIZE_PER_TENSOR_DYNAMIC,
+    QUANTIZE,
+    QUANTIZE_PER_TENSOR_DYNAMIC,
+)
 from eagerq.quantization_mappings import ROWS, Row
 
 STATIC = [row for row in ROWS if row.quantized]
 DYNAMIC = [row for row in ROWS if row.dynamic]
+LOOKING_UP = (nn.Embedding, nn.EmbeddingBag)
 
 
 def _name(row: Row) -> str:
     return "-".join(kind.__name__ for kind in row.sequence)
 
 
-def exported(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """With any batch."""
+def _for_any_batch(model: Any, row: Row) -> tuple[Any, Any]:
+    inputs = inputs_of(CASES[row.sequence], 3)
     shapes: Any = tuple({0: Dim("batch", max=64)} for _ in inputs)
-    return export(model, inputs, dynamic_shapes=(shapes,) if isinstance(model, Around) else shapes)
-
-
-def used(program: ExportedProgram) -> Counter[Any]:
-    return Counter(node.target for node in program.graph.nodes if node.op == "call_function")
+    return exported(model, inputs, (shapes,) if isinstance(model, Around) else shapes)
 
 
 def test_every_layer_of_the_maps_has_a_case() -> None:
@@ -41,30 +47,36 @@ def test_every_layer_of_the_maps_has_a_case() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("row", STATIC, ids=_name)
 def test_a_static_layer_has_its_integers(row: Row) -> None:
-    case, model = CASES[row.sequence], int8_model(row)
-    program = exported(model, inputs_of(case, 3))
-    assert not [target for target in used(program) if "eagerq" in str(target)]
+    model = int8_model(row)
+    program, graph = _for_any_batch(model, row)
+    _check_pairs(program, model, rounds=row.float_module not in (QuantStub, DeQuantStub, nn.Dropout, *LOOKING_UP))
     for batch in (2, 5):
-        inputs = inputs_of(case, batch, seed=batch)
-        wanted, got = model(*inputs), program.module()(*inputs)
-        assert got.shape == wanted.shape
+        inputs = inputs_of(CASES[row.sequence], batch, seed=batch)
+        wanted = model(*inputs)
         assert len(wanted.unique()) > 3
-        assert ((got - wanted) / step(model)).abs().max().round() <= 1
+        assert steps_between(graph(*inputs), wanted, step(model)).max() <= 1
+
+
+def _check_pairs(program: ExportedProgram, model: nn.Module, rounds: bool) -> None:
+    """One pair for each input and where the layer rounds, and a dequantize for each weight."""
+    kinds = [type(module) for module in model.modules()]
+    tables = sum(len(module._tables()) for module in model.modules() if isinstance(module, StoredTensors))
+    pairs, counts = kinds.count(quantized.Quantize) + rounds, used(program)
+    assert sum(counts[target] for target in QUANTIZE) == pairs
+    assert sum(counts[target] for target in DEQUANTIZE) == pairs + tables
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("row", DYNAMIC, ids=_name)
 def test_a_dynamic_layer_has_its_numbers(row: Row) -> None:
-    case, model = CASES[row.sequence], dynamic_model(row)
-    program = exported(model, inputs_of(case, 3))
-    assert not [target for target in used(program) if "eagerq" in str(target)]
+    """Sums run in another order, and a value on a tie may be rounded to the other side."""
+    model = dynamic_model(row)
+    program, graph = _for_any_batch(model, row)
+    if row.float_module not in LOOKING_UP:
+        counts = used(program)
+        assert counts[CHOOSE_QPARAMS_AFFINE] == counts[QUANTIZE_PER_TENSOR_DYNAMIC] > 0
+        assert counts[DEQUANTIZE_PER_TENSOR_DYNAMIC] == counts[DEQUANTIZE_PER_CHANNEL] == counts[CHOOSE_QPARAMS_AFFINE]
     for batch in (2, 5):
-        inputs = inputs_of(case, batch, seed=batch)
-        for wanted, got in zip(tree_leaves(model(*inputs)), tree_leaves(program.module()(*inputs)), strict=True):
+        inputs = inputs_of(CASES[row.sequence], batch, seed=batch)
+        for wanted, got in zip(tree_leaves(model(*inputs)), tree_leaves(graph(*inputs)), strict=True):
             torch.testing.assert_close(got, wanted)
-
-
-def test_one_pair_where_the_layer_rounds() -> None:
-    counts = used(exported(int8_model(STATIC[4]), inputs_of(CASES[STATIC[4].sequence], 3)))
-    assert sum(counts[target] for target in QUANTIZE) == 2
-    assert sum(counts[target] for target in DEQUANTIZE) == 3  # the weight's, too
