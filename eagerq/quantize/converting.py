@@ -43,14 +43,7 @@ class RunWarnings:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if self.unobserved:
-            names, self.unobserved = self.unobserved, []
-            warnings.warn(
-                f"{len(names)} layers were converted before they had seen any data, so they quantize with "
-                f"scale 1: {', '.join(map(repr, names))}. Run the prepared model on data before convert, or load "
-                "a state_dict into the converted one.",
-                stacklevel=_CALLER,
-            )
+        self.tell_unobserved(_CALLER + 1)
         if not module.training:
             self.evaluated = True
         elif self.evaluated and not self.told_of_training:
@@ -59,6 +52,17 @@ class RunWarnings:
                 "a converted model is in training mode, but its int8 layers cannot be trained: they run as in eval "
                 "mode and get no gradients. Train the prepared model, then convert it again.",
                 stacklevel=_CALLER,
+            )
+
+    def tell_unobserved(self, stacklevel: int) -> None:
+        """Warn, once, of layers that have seen no data."""
+        if self.unobserved:
+            names, self.unobserved = self.unobserved, []
+            warnings.warn(
+                f"{len(names)} layers were converted before they had seen any data, so they quantize with "
+                f"scale 1: {', '.join(map(repr, names))}. Run the prepared model on data before convert, or load "
+                "a state_dict into the converted one.",
+                stacklevel=stacklevel,
             )
 
     def loaded(self, module: nn.Module, incompatible_keys: Any) -> None:

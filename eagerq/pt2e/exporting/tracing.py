@@ -12,11 +12,14 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.traceback import annotate, get_current_meta, preserve_node_meta
+from torch.utils._pytree import tree_leaves
 
-from eagerq.errors import EagerqError, UnsupportedError, calling_module, raising_module, stamped_name
+from eagerq.errors import EagerqError, InvalidInputError, UnsupportedError, calling_module, stamped_name
 from eagerq.kernels.dispatch import Dialect, speaking
 from eagerq.pt2e.exporting.doors import DOORS
+from eagerq.pt2e.exporting.explaining import explained
 from eagerq.pt2e.exporting.functions import FUNCTIONS
+from eagerq.qtensor import QTensor
 
 __all__ = ["Call", "take_call", "trace"]
 
@@ -67,25 +70,28 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any
     """The program that torch.export makes of an int8 model in Q/DQ words.
 
     Args:
-        model: whose modules have their names stamped on them.
+        model: whose modules have their names stamped on them; it gets a hook.
 
     Raises:
         EagerqError: what the model's modules say, and for whatever torch.export cannot do.
     """
+    model.register_forward_hook(_refuse_integers)
     try:
         with speaking(_QDQ), preserve_node_meta(), torch.no_grad():
             return torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes, strict=False)
     except EagerqError:
         raise
     except Exception as error:
-        raise _explained(error) from error
+        raise explained(error, dynamic_shapes) from error
 
 
-def _explained(error: Exception) -> EagerqError:
-    said = str(error).strip().partition("\n")[0]
-    return UnsupportedError(
-        f"torch.export cannot trace it: {type(error).__name__}: {said}", module=raising_module(error)
-    )
+def _refuse_integers(model: nn.Module, args: Any, output: Any) -> None:
+    if any(isinstance(leaf, QTensor) for leaf in tree_leaves(output)):
+        raise InvalidInputError(
+            "the model returns a quantized tensor (QTensor), which a program cannot",
+            module=model,
+            remedy="put a DeQuantStub at its end, or return int_repr() for the integers",
+        )
 
 
 def take_call(node: Node) -> Call | None:
