@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 __all__ = [
+    "ANNOTATION",
     "argument",
     "choose_qparams_of",
     "describe",
@@ -25,6 +26,9 @@ __all__ = [
     "writes_buffer",
     "written_by",
 ]
+
+ANNOTATION = "quantization_annotation"
+"""Key of a node's annotation in its ``meta``."""
 
 # torchao has operators of its own for blocks and groups; what they do is in their names too
 _DIALECTS = ("quantized_decomposed", "torchao")

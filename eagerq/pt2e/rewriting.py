@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_map_only
 
-from eagerq.pt2e.quantizer.quantizer import ANNOTATION
+from eagerq.pt2e.graph import ANNOTATION
 
 __all__ = ["Names", "add_buffer", "attribute_of", "copied", "owner_of", "pruned"]
 

@@ -21,6 +21,7 @@ from eagerq.pt2e.quantizer.annotation import (
 from eagerq.pt2e.quantizer.propagation import has_quantized_source
 from eagerq.pt2e.quantizer.quantizer import ANNOTATION, SharedQuantizationSpec
 from eagerq.pt2e.quantizer.utils import QuantizationConfig, get_input_act_qspec, get_output_act_qspec
+from eagerq.pt2e.rewriting import attribute_of
 
 __all__ = ["ADAPTIVE_AVG_POOLS", "ADDS", "CATS", "MULS"]
 
@@ -66,8 +67,7 @@ def _can_be_observed(model: GraphModule, node: Node) -> bool:
         return False
     if node.op != "get_attr":
         return True
-    module, _, name = str(node.target).rpartition(".")
-    constant = getattr(model.get_submodule(module), name)
+    constant = attribute_of(model, node)
     return constant.numel() != 1 or abs(constant.item()) <= _LARGEST_SCALAR
 
 

@@ -80,7 +80,8 @@ class ComposableQuantizer(Quantizer):
     def prepare_obs_or_fq_callback(self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[EdgeOrNode, Any]) -> None:
         """Each quantizer's callback, in order."""
         for quantizer in self.quantizers:
-            quantizer.prepare_obs_or_fq_callback(model, edge_or_node_to_obs_or_fq)
+            if hasattr(quantizer, "prepare_obs_or_fq_callback"):
+                quantizer.prepare_obs_or_fq_callback(model, edge_or_node_to_obs_or_fq)
 
     @staticmethod
     def _check(model: GraphModule, owner: str, records: dict[Node, _Record]) -> None:

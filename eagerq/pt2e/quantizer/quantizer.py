@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from eagerq.errors import InvalidArgumentError
+from eagerq.pt2e.graph import ANNOTATION
 
 __all__ = [
     "ANNOTATION",
@@ -24,9 +25,6 @@ __all__ = [
     "Quantizer",
     "SharedQuantizationSpec",
 ]
-
-ANNOTATION = "quantization_annotation"
-"""Key of a node's annotation in its ``meta``."""
 
 EdgeOrNode = tuple[Node, Node] | Node
 """A place in a graph: the output of a node, or the input ``(producer, consumer)`` of one."""

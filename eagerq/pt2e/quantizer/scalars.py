@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import count
-
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+
+from eagerq.pt2e.rewriting import Names, add_buffer
 
 __all__ = ["convert_scalars_to_attrs"]
 
@@ -26,27 +26,26 @@ def convert_scalars_to_attrs(model: GraphModule) -> GraphModule:
         >>> convert_scalars_to_attrs(model)._tensor_constant_0
         tensor(1.)
     """
+    names = Names(model)
     for node in list(model.graph.nodes):
         result = node.meta.get("val")
         if node.op != "call_function" or node.target not in _OPERATORS:
             continue
         if isinstance(result, Tensor) and result.is_floating_point():
             node.args = tuple(
-                arg if isinstance(arg, Node) else _buffer(model, node, float(arg), result) for arg in node.args
+                arg if isinstance(arg, Node) else _buffer(model, names, node, float(arg), result) for arg in node.args
             )
     model.recompile()
     return model
 
 
-def _buffer(model: GraphModule, node: Node, number: float, like: Tensor) -> Node:
+def _buffer(model: GraphModule, names: Names, node: Node, number: float, like: Tensor) -> Node:
     """A new buffer, and the node before ``node`` that reads it."""
-    name = next(name for name in map("_tensor_constant_{}".format, count()) if not hasattr(model, name))
     # with 16 bits the operator computes in float32: the number keeps that precision
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
     tensor = torch.tensor(number, dtype=dtype, device=like.device)
-    model.register_buffer(name, tensor)
     with model.graph.inserting_before(node):
-        read = model.graph.get_attr(name)
+        read = add_buffer(model, names.new("_tensor_constant_"), tensor)
     fake_mode = getattr(like, "fake_mode", None)
     read.meta["val"] = tensor if fake_mode is None else fake_mode.from_tensor(tensor, static_shapes=True)
     return read

@@ -24,7 +24,6 @@ __all__ = ["get_symmetric_quantization_config"]
 _EPS = 2**-12  # the least scale of XNNPACK's requantization
 
 
-@lru_cache
 def get_symmetric_quantization_config(
     is_per_channel: bool = False,
     is_qat: bool = False,
@@ -50,6 +49,19 @@ def get_symmetric_quantization_config(
         >>> get_symmetric_quantization_config(is_per_channel=True).weight.qscheme
         torch.per_channel_symmetric
     """
+    return _made(is_per_channel, is_qat, is_dynamic, act_qmin, act_qmax, weight_qmin, weight_qmax)
+
+
+@lru_cache
+def _made(
+    is_per_channel: bool,
+    is_qat: bool,
+    is_dynamic: bool,
+    act_qmin: int,
+    act_qmax: int,
+    weight_qmin: int,
+    weight_qmax: int,
+) -> QuantizationConfig:
     activation = QuantizationSpec(
         dtype=torch.int8,
         quant_min=act_qmin,

@@ -82,7 +82,7 @@ def _annotate(
         root = chain[0]
         parameters = [node for node in root.args[1:3] if isinstance(node, Node)]
         taken = chain if pattern.reuses_weight else [*chain, *parameters]
-        if is_annotated(taken) or _is_left(pattern, root, quantization_config):
+        if is_annotated(taken) or _is_left(pattern, root, quantization_config, filter_fn):
             continue
         specs = (
             get_input_act_qspec(quantization_config),
@@ -102,7 +102,9 @@ def _weight_qspec(root: Node, quantization_config: QuantizationConfig | None) ->
     return replace(spec, ch_axis=1) if spec is not None and root.target in CONV_TRANSPOSES else spec
 
 
-def _is_left(pattern: _Pattern, root: Node, quantization_config: QuantizationConfig | None) -> bool:
+def _is_left(
+    pattern: _Pattern, root: Node, quantization_config: QuantizationConfig | None, filter_fn: FilterType | None
+) -> bool:
     """What XNNPACK has no kernel for, or another pattern is for."""
     if root.target in LINEARS:
         return False
@@ -112,7 +114,7 @@ def _is_left(pattern: _Pattern, root: Node, quantization_config: QuantizationCon
     if pattern.tail:
         return False
     users = list(root.users)
-    if len(users) == 1 and is_relu_node(users[0]):
+    if len(users) == 1 and is_relu_node(users[0]) and (filter_fn is None or filter_fn(users[0])):
         return True
     activation = get_input_act_qspec(quantization_config)
     if activation is None or not activation.is_dynamic:
