@@ -40,7 +40,7 @@ from eagerq.pt2e.export_utils import (
     move_exported_model_to_train,
 )
 from eagerq.pt2e.exporting import export
-from eagerq.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from eagerq.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 __all__ = [
     # from eager models
@@ -48,6 +48,7 @@ __all__ = [
     # the graph flow
     "convert_pt2e",
     "prepare_pt2e",
+    "prepare_qat_pt2e",
     # modes of graphs
     "allow_exported_model_train_eval",
     "disallow_exported_model_train_eval",

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from eagerq.pt2e.graph import is_dequantize, is_quantize, made_from, written_by
+from eagerq.pt2e.graph import in_memory_of, is_dequantize, is_quantize, written_by
 from eagerq.pt2e.quantizer.quantizer import ANNOTATION
 from eagerq.pt2e.rewriting import Names, add_buffer, attribute_of
 
@@ -27,7 +27,7 @@ def constants_of(model: GraphModule) -> set[Node]:
     Buffers that the graph writes to do not count, nor what is drawn at random, nor a dequantize: integers
     and the dequantize that follows them are what backends look for.
     """
-    changing = made_from(*(target for node in model.graph.nodes if (target := written_by(node)) is not None))
+    changing = in_memory_of(*(target for node in model.graph.nodes if (target := written_by(node)) is not None))
     constants: set[Node] = set()
     for node in model.graph.nodes:
         if node not in changing and _is_known(model, node, constants):

@@ -13,11 +13,20 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils import fuse_conv_bn_weights
 
 from eagerq.functional import fold_transposed
-from eagerq.pt2e.graph import argument, erase_unused, has_argument, set_argument
-from eagerq.pt2e.quantizer.quantizer import ANNOTATION
+from eagerq.pt2e.graph import ANNOTATION, argument, erase_unused, has_argument, set_argument
 from eagerq.pt2e.rewriting import attribute_of, owner_of
 
-__all__ = ["fold", "fold_batch_norms", "is_transposed", "layers_with_bn"]
+__all__ = [
+    "Pair",
+    "fold",
+    "fold_batch_norms",
+    "is_batch_norm",
+    "is_convolution",
+    "is_transposed",
+    "layers_with_bn",
+    "norm_of",
+    "source_of",
+]
 
 _aten: Any = torch.ops.aten
 _TRANSPOSED = {_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input}
@@ -62,11 +71,21 @@ def layers_with_bn(model: GraphModule) -> list[Pair]:
     """
     pairs = []
     for bn in model.graph.nodes:
-        if bn.target in _BATCH_NORMS and argument(bn, "running_mean") is not None:
+        if is_batch_norm(bn) and argument(bn, "running_mean") is not None:
             layer = argument(bn, "input")
-            if list(layer.users) == [bn] and (layer.target in _CONVOLUTIONS or _is_flat_linear(layer)):
+            if list(layer.users) == [bn] and (is_convolution(layer) or _is_flat_linear(layer)):
                 pairs.append((layer, bn))
     return pairs
+
+
+def is_batch_norm(node: Node) -> bool:
+    """Whether this normalises by the statistics of the batch or by running ones."""
+    return node.target in _BATCH_NORMS
+
+
+def is_convolution(node: Node) -> bool:
+    """Whether this is a convolution of any kind, transposed ones included."""
+    return node.target in _CONVOLUTIONS
 
 
 def is_transposed(layer: Node) -> bool:
@@ -86,7 +105,7 @@ def fold(model: GraphModule, pairs: Iterable[Pair]) -> None:
     """Fold the batch norms of these pairs, whatever their mode, where all that takes is constant."""
     alike: dict[Any, list[Pair]] = {}
     for layer, bn in pairs:
-        inputs = [_source(layer, "weight"), _source(layer, "bias"), *_norm(bn)]
+        inputs = [source_of(layer, "weight"), source_of(layer, "bias"), *norm_of(bn)]
         if all(node.op == "get_attr" for node in inputs if isinstance(node, Node)) and _result(bn) is not None:
             alike.setdefault((layer.target, *inputs), []).append((layer, bn))
     for group in alike.values():
@@ -102,11 +121,12 @@ def _edge(layer: Node, name: str) -> tuple[Node, Node | None]:
     return reader, value
 
 
-def _source(layer: Node, name: str) -> Node | None:
+def source_of(layer: Node, name: str) -> Any:
+    """The node of a layer's weight or bias, before the fake quantizers that it goes through."""
     return _edge(layer, name)[1]
 
 
-def _norm(bn: Node) -> list[Any]:
+def norm_of(bn: Node) -> list[Any]:
     """Running mean and variance, eps, weight and bias."""
     eps = "eps" if has_argument(bn, "eps") else "epsilon"
     return [argument(bn, name) for name in ("running_mean", "running_var", eps, "weight", "bias")]
@@ -124,8 +144,8 @@ def _fold_alike(model: GraphModule, pairs: list[Pair]) -> None:
     """Fold one batch norm into one layer, of which these are the calls."""
     layer, bn = pairs[0]
     mean = argument(bn, "running_mean").target
-    old: Any = [_source(layer, "weight"), _source(layer, "bias")]
-    values: Any = [attribute_of(model, node) if isinstance(node, Node) else node for node in (*old, *_norm(bn))]
+    old = [source_of(layer, "weight"), source_of(layer, "bias")]
+    values: Any = [attribute_of(model, node) if isinstance(node, Node) else node for node in (*old, *norm_of(bn))]
     if is_transposed(layer):
         folded = fold_transposed(*values, groups=argument(layer, "groups"))
     else:

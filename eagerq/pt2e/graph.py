@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch.fx import Node
 
 __all__ = [
     "ANNOTATION",
+    "EdgeOrNode",
     "argument",
     "choose_qparams_of",
     "describe",
     "erase_unused",
     "has_argument",
+    "in_memory_of",
     "is_choose_qparams",
     "is_dequantize",
     "is_quantize",
@@ -29,6 +32,9 @@ __all__ = [
 
 ANNOTATION = "quantization_annotation"
 """Key of a node's annotation in its ``meta``."""
+
+EdgeOrNode = tuple[Node, Node] | Node
+"""A place in a graph: the output of a node, or the input ``(producer, consumer)`` of one."""
 
 # torchao has operators of its own for blocks and groups; what they do is in their names too
 _DIALECTS = ("quantized_decomposed", "torchao")
@@ -111,9 +117,23 @@ def written_by(node: Node) -> Node | None:
 
 def made_from(*nodes: Node) -> set[Node]:
     """All the nodes that the values of these depend on, themselves among them."""
+    return _reached(nodes, lambda node: node.all_input_nodes)
+
+
+def in_memory_of(*nodes: Node) -> set[Node]:
+    """All the nodes whose memory the values of these may lie in, as views of it do; themselves among them."""
+    return _reached(nodes, lambda node: node.all_input_nodes if _may_view(node) else [])
+
+
+def _may_view(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
+
+
+def _reached(nodes: Iterable[Node], sources: Callable[[Node], list[Node]]) -> set[Node]:
     found, ahead = set(nodes), list(nodes)
     while ahead:
-        new = [source for source in ahead.pop().all_input_nodes if source not in found]
+        new = [source for source in sources(ahead.pop()) if source not in found]
         found.update(new)
         ahead.extend(new)
     return found
@@ -157,8 +177,10 @@ def set_argument(node: Node, name: str, value: Any) -> None:
 
 def erase_unused(node: Node) -> None:
     """Erase a node that has no users, then those of its inputs that have none left (but no input of the graph)."""
-    if not node.users and node.op != "placeholder":
-        sources = node.all_input_nodes
-        node.graph.erase_node(node)
-        for source in sources:
-            erase_unused(source)
+    ahead, erased = [node], set()
+    while ahead:
+        node = ahead.pop()
+        if not node.users and node.op != "placeholder" and node not in erased:
+            erased.add(node)
+            ahead.extend(node.all_input_nodes)
+            node.graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""Post-training quantization of exported graphs: observe, then convert to Q/DQ."""
+"""Quantization of exported graphs: observe or train, then convert to Q/DQ."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from eagerq.pt2e.conv_bn import fold_batch_norms
 from eagerq.pt2e.convert import replace_observers
 from eagerq.pt2e.export_utils import disallow_exported_model_train_eval
 from eagerq.pt2e.prepare import insert_observers
+from eagerq.pt2e.qat import fold_simulated, simulate_folding
 from eagerq.pt2e.quantizer.duplicate_dq_pass import DuplicateDQPass
 from eagerq.pt2e.quantizer.port_metadata_pass import PortNodeMetaForQDQ
 from eagerq.pt2e.quantizer.quantizer import Quantizer
 from eagerq.pt2e.rewriting import copied, pruned
 
-__all__ = ["convert_pt2e", "prepare_pt2e"]
+__all__ = ["convert_pt2e", "prepare_pt2e", "prepare_qat_pt2e"]
 
 
 def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
@@ -35,12 +36,32 @@ def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
         InvalidArgumentError: when ``model`` is not an exported model.
         InvalidConfigError: for an annotation that cannot be followed, naming the node.
     """
-    model = fold_batch_norms(_working_copy(model))
-    model = quantizer.transform_for_annotation(model)
-    quantizer.annotate(model)
-    quantizer.validate(model)
-    insert_observers(model, is_qat=False, callback=getattr(quantizer, "prepare_obs_or_fq_callback", None))
-    return disallow_exported_model_train_eval(model)
+    model = _annotated(fold_batch_norms(_working_copy(model)), quantizer)
+    return _observed(model, quantizer, is_qat=False)
+
+
+def prepare_qat_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
+    """Put fake quantizers into an exported model, where a quantizer wants them, to train it further.
+
+    A convolution before a batch norm trains with the weight that folding will give it: scaled by
+    ``bn.weight / sqrt(running_var + eps)``, fake-quantized, and the result scaled back before the batch norm
+    (Krishnamoorthi 2018, arXiv:1806.08342). :func:`convert_pt2e` folds the batch norm.
+
+    Args:
+        model: what ``torch.export.export(net.train(), example_inputs).module()`` returns, best with a dynamic batch
+            size. It stays as it is, but the result has the same parameters and buffers, which training changes.
+        quantizer: as for :func:`prepare_pt2e`, with fake quantizers in its specifications.
+
+    Returns:
+        A new graph module to be trained. :func:`eagerq.pt2e.move_exported_model_to_eval` does what ``eval()`` would.
+
+    Raises:
+        InvalidArgumentError: when ``model`` is not an exported model.
+        InvalidConfigError: for an annotation that cannot be followed, naming the node.
+    """
+    model = _annotated(_working_copy(model), quantizer)
+    simulate_folding(model)
+    return _observed(model, quantizer, is_qat=True)
 
 
 def convert_pt2e(
@@ -49,7 +70,7 @@ def convert_pt2e(
     """Turn a calibrated or trained model into one in Q/DQ form.
 
     Args:
-        model: from :func:`prepare_pt2e`, after it has seen data. It stays as it is.
+        model: from :func:`prepare_pt2e` or :func:`prepare_qat_pt2e`, after it has seen data. It stays as it is.
         use_reference_representation: torchao's integer arithmetic written out; not supported.
         fold_quantize: store weights (and all else that is constant before a quantize) as integers.
 
@@ -67,12 +88,25 @@ def convert_pt2e(
             remedy="leave out use_reference_representation: the Q/DQ form says the same",
         )
     model = _working_copy(model)
+    fold_simulated(model)
     replace_observers(model)
     DuplicateDQPass()(model)
     PortNodeMetaForQDQ()(model)
     if fold_quantize:
         fold_constants(model)
     return disallow_exported_model_train_eval(pruned(model))
+
+
+def _annotated(model: GraphModule, quantizer: Quantizer) -> GraphModule:
+    model = quantizer.transform_for_annotation(model)
+    quantizer.annotate(model)
+    quantizer.validate(model)
+    return model
+
+
+def _observed(model: GraphModule, quantizer: Quantizer, is_qat: bool) -> GraphModule:
+    insert_observers(model, is_qat, callback=getattr(quantizer, "prepare_obs_or_fq_callback", None))
+    return disallow_exported_model_train_eval(model)
 
 
 def _working_copy(model: Any) -> GraphModule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_map_only
 
-from eagerq.pt2e.graph import ANNOTATION
+from eagerq.pt2e.graph import ANNOTATION, EdgeOrNode
 
-__all__ = ["Names", "add_buffer", "attribute_of", "copied", "owner_of", "pruned"]
+__all__ = ["Names", "add_buffer", "attribute_of", "copied", "owner_of", "pruned", "repointed"]
 
 
 def copied(model: GraphModule) -> GraphModule:
@@ -26,9 +26,13 @@ def copied(model: GraphModule) -> GraphModule:
     for node in model.graph.nodes:
         twins[node] = graph.node_copy(node, twins.__getitem__)
     graph._codegen = copy.copy(model.graph._codegen)
+
+    def twin(place: EdgeOrNode) -> EdgeOrNode:
+        return tree_map_only(Node, lambda node: twins.get(node, node), place)
+
     for node in graph.nodes:
         if node.meta.get(ANNOTATION) is not None:
-            node.meta[ANNOTATION] = _in_terms_of(twins, node.meta[ANNOTATION])
+            node.meta[ANNOTATION] = repointed(node.meta[ANNOTATION], node, twin)
     return _module_of(model, graph)
 
 
@@ -49,21 +53,21 @@ def _module_of(model: GraphModule, graph: Graph) -> GraphModule:
     return made
 
 
-def _in_terms_of(twins: Mapping[Node, Node], annotation: Any) -> Any:
-    """The annotation for the nodes of a copy; ``twins`` tells which node became which."""
-
-    def twin(places: Any) -> Any:
-        return tree_map_only(Node, lambda node: twins.get(node, node), places)
+def repointed(annotation: Any, consumer: Node, at: Callable[[EdgeOrNode], EdgeOrNode]) -> Any:
+    """The annotation of ``consumer``, once what it speaks of has moved; ``at`` tells where each place is now."""
 
     def moved(spec: Any) -> Any:
         if hasattr(spec, "edge_or_node"):
-            return replace(spec, edge_or_node=twin(spec.edge_or_node))
+            return replace(spec, edge_or_node=at(spec.edge_or_node))
         if hasattr(spec, "derived_from"):
-            return replace(spec, derived_from=twin(spec.derived_from))
+            return replace(spec, derived_from=[at(place) for place in spec.derived_from])
         return spec
 
     made = copy.copy(annotation)
-    made.input_qspec_map = {twin(node): moved(spec) for node, spec in annotation.input_qspec_map.items()}
+    made.input_qspec_map = {
+        at((source, consumer))[0]: moved(spec)  # type: ignore[index]
+        for source, spec in annotation.input_qspec_map.items()
+    }
     made.output_qspec = moved(annotation.output_qspec)
     return made
 

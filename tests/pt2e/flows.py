@@ -30,7 +30,7 @@ class Flow:
     observers: ModuleType
     steps: ModuleType
 
-    def spec(self, dtype: torch.dtype, observer: str, low: int, high: int, scheme: Any, **more: Any) -> Any:
+    def spec(self, dtype: torch.dtype, observer: str, low: int, high: int, scheme: Any, /, **more: Any) -> Any:
         """A specification with one of the library's own observers; ``eps`` and the like go to the observer."""
         fields = {name: more.pop(name) for name in ("ch_axis", "is_dynamic") if name in more}
         constructor = getattr(self.observers, observer)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from eagerq.errors import InvalidArgumentError
-from eagerq.pt2e.graph import ANNOTATION
+from eagerq.pt2e.graph import ANNOTATION, EdgeOrNode
 
 __all__ = [
     "ANNOTATION",
@@ -25,9 +25,6 @@ __all__ = [
     "Quantizer",
     "SharedQuantizationSpec",
 ]
-
-EdgeOrNode = tuple[Node, Node] | Node
-"""A place in a graph: the output of a node, or the input ``(producer, consumer)`` of one."""
 
 
 class QuantizationSpecBase(ABC):  # noqa: B024 - a family, not an interface
