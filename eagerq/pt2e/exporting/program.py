@@ -15,6 +15,7 @@ from eagerq.nn.quantized import QuantizedModule
 from eagerq.nn.quantized.state import StoredTensors
 from eagerq.pt2e.exporting.annotating import annotate
 from eagerq.pt2e.exporting.constants import settle_constants
+from eagerq.pt2e.exporting.ranges import share_ranges
 from eagerq.pt2e.exporting.restating import checked_dtype, restate
 from eagerq.pt2e.exporting.tracing import trace
 from eagerq.pt2e.exporting.weights import centre_weights, spread_scales
@@ -73,6 +74,7 @@ def export(
         if isinstance(hook, RunWarnings):
             hook.tell_unobserved(stacklevel=3)
     program = settle_constants(trace(int8, example_inputs, dynamic_shapes), _state_names(int8))
+    share_ranges(program.graph)
     if wanted is not None:
         restate(program, wanted)
     annotate(program)
