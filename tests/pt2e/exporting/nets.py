@@ -51,7 +51,9 @@ def named(program: ExportedProgram, name: str) -> list[Node]:
 def saved_and_loaded(program: ExportedProgram) -> ExportedProgram:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)  # torch's own, of its own classes
+        # torch's own, of its own doing
+        warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
         torch.export.save(program, buffer)
         buffer.seek(0)
         return torch.export.load(buffer)
