@@ -35,6 +35,7 @@ from quickstart import BATCH, SEED, digits, share
 from torch import Tensor, nn
 
 from eagerq.pt2e import export
+from eagerq.pt2e.onnx import translations
 
 Run = Callable[[Tensor], Tensor]
 
@@ -82,7 +83,8 @@ def onnx(int8: nn.Module, example: Tensor, file: Path) -> Run:
     """ONNX in QDQ form; onnxruntime fuses it to integer layers when it loads the file."""
     import onnxruntime
 
-    torch.onnx.export(export(int8, (example,), SHAPES), dynamo=True, verbose=False).save(file)
+    how = {"dynamo": True, "verbose": False, "custom_translation_table": translations()}
+    torch.onnx.export(export(int8, (example,), SHAPES), (), file, **how)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
