@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from pt2e.graphs import call, exported
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from eagerq.pt2e import move_exported_model_to_eval, move_exported_model_to_train
+from eagerq.pt2e import (
+    allow_exported_model_train_eval,
+    convert_pt2e,
+    move_exported_model_to_eval,
+    move_exported_model_to_train,
+    prepare_qat_pt2e,
+)
 from eagerq.pt2e.export_utils import model_is_exported
+from eagerq.pt2e.quantizer.xnnpack_quantizer import XNNPACKQuantizer
 
 aten: Any = torch.ops.aten
 
@@ -72,3 +81,40 @@ def test_model_is_exported() -> None:
     assert model_is_exported(exported(model, torch.rand(3, 3, 5, 5)))
     assert not model_is_exported(torch.fx.symbolic_trace(model))
     assert not model_is_exported(model)
+
+
+def check_refusing(model: GraphModule) -> None:
+    with pytest.raises(NotImplementedError):
+        model.eval()
+    with pytest.raises(NotImplementedError):
+        model.train()
+
+
+def test_disallow_eval_train() -> None:
+    eager = ConvBNReLU()
+    eager.eval()
+    eager.train()
+    x = torch.rand(3, 3, 5, 5)
+    model = exported(eager, x)
+    check_refusing(model)
+    model = prepare_qat_pt2e(model, XNNPACKQuantizer())
+    check_refusing(model)
+    check_refusing(convert_pt2e(model))
+
+
+def test_allow_exported_model_train_eval(device: torch.device) -> None:
+    eager = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)).to(device)
+
+    def check_switching(model: GraphModule) -> None:
+        check_refusing(model)
+        allow_exported_model_train_eval(model)
+        for training in (False, True):
+            model.train() if training else model.eval()
+            assert call(model, aten.batch_norm.default).args[5] is training
+            assert call(model, aten.dropout.default).args[2] is training
+
+    model = exported(eager, torch.randn(2, 3, 3, 3, device=device))
+    check_switching(model)
+    model = prepare_qat_pt2e(model, XNNPACKQuantizer())
+    check_switching(model)
+    check_switching(convert_pt2e(model, fold_quantize=True))
