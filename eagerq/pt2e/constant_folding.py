@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
@@ -44,7 +43,6 @@ def _is_known(model: GraphModule, node: Node, constants: set[Node]) -> bool:
         and constants.issuperset(node.all_input_nodes)
         and not is_dequantize(node)
         and not node.is_impure()
-        and not (isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags)
     )
 
 
