@@ -109,6 +109,23 @@ def test_parameters_at_run_time(scheme: torch.qscheme) -> None:
         torch.testing.assert_close(model(X * size), plain, atol=0.02 * size, rtol=0)
 
 
+@pytest.mark.parametrize("scheme", [torch.per_tensor_affine, torch.per_tensor_symmetric])
+def test_parameters_at_run_time_are_found_once_for_all_users(scheme: torch.qscheme) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.query(x) * self.key(x)
+
+    spec = QuantizationSpec(torch.int8, PlaceholderObserver, -127, 127, scheme, is_dynamic=True)
+    model = converted(Heads(), X, [spec])
+    assert calls(model).count(ops.quantize_per_tensor.tensor) == 1
+    dequantize = first(model, ops.dequantize_per_tensor.tensor)
+    assert [user.target for user in dequantize.users] == [aten.linear.default] * 2
+
+
 def _float_linear(model: GraphModule) -> tuple[Tensor, Tensor]:
     frozen, scale, zero_point, *rest = first(model, DQ_CHANNEL).args
     values = [model.get_buffer(node.target) for node in (frozen, scale, zero_point)]

@@ -279,6 +279,18 @@ def test_only_tensors_are_observed() -> None:
     assert observers(prepare_pt2e(model, EAGERQ.made(lambda flow, model: None))) == {}
 
 
+def test_arguments_by_keyword_are_observed() -> None:
+    def by_keyword(flow: Flow, model: GraphModule) -> None:
+        linear = nodes(model)["linear"]
+        x, weight, bias = linear.args
+        linear.args, linear.kwargs = (x, weight), {"bias": bias}
+        flow.annotate(linear, {x: UINT8, bias: INT8})
+
+    model = prepare_pt2e(exported(Chain(), X), EAGERQ.made(by_keyword))
+    assert list(observers(model)) == ["linear_bias", "x"]
+    model(X)
+
+
 def test_fake_quantizers_are_for_prepare_too() -> None:
     spec = QuantizationSpec(torch.int8, FusedMovingAvgObsFakeQuantize, -128, 127, torch.per_tensor_affine)
     model = prepared(lambda by: {"linear": ({"x": spec}, None)})

@@ -196,6 +196,7 @@ def test_constant_prop_preserve_metadata() -> None:
         assert value == weight.meta[key]
 
 
+@pytest.mark.filterwarnings("ignore:The given (buffer|NumPy array) is not writable:UserWarning")  # torch.export.load
 def test_save_load(tmp_path: Path) -> None:
     x = torch.randn(2, 2)
     for is_per_channel in (False, True):
