@@ -35,6 +35,8 @@ def test_operators_are_tagged_with_their_modules_and_qdq_with_them() -> None:
 
 def test_tags_go_with_the_module_and_through_another_export() -> None:
     program = _exported()
+    assert _tags(program.run_decompositions({}).graph) == TAGS
+    assert set(_tags(program.run_decompositions().graph)) == set(TAGS)
     module = program.module()
     assert _tags(module.graph) == TAGS
     for strict in (False, True):
