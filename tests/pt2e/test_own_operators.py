@@ -89,8 +89,9 @@ def trace(x: Tensor) -> None:
         for one, other in zip(traced(x), wanted, strict=True):
             assert torch.equal(one, other)
         assert traced(torch.cat([x, x]))[0].shape[0] == 2 * len(x)
-    symbolic = [node.meta["val"] for node in exported.graph.nodes if "val" in node.meta]
-    assert symbolic
+    symbolic = [node.meta["val"] for node in exported.graph.output_node().all_input_nodes]
+    assert [value.dtype for value in symbolic] == [value.dtype for value in wanted]
+    assert all(isinstance(value.shape[0], torch.SymInt) for value in symbolic)
 
 
 def refuse() -> None:
@@ -146,8 +147,10 @@ def _per_tensor(x: Tensor, dtype: torch.dtype, low: int, high: int) -> Iterator[
         numbers: tuple[Any, ...] = (scale, zero_point, low, high)
         tensors = (torch.tensor([scale], dtype=torch.float64), torch.tensor([zero_point]), low, high)
         all_tensors = (*tensors[:2], torch.tensor(low), torch.tensor(high))
+        halves = (torch.arange(-60, 60) + 0.5) * scale
         for overload, given in (("", numbers), (".tensor", tensors), (".tensor2", all_tensors)):
             yield f"quantize_per_tensor{overload}", (x, *given, dtype), {}
+            yield f"quantize_per_tensor{overload}", (halves, *given, dtype), {}
             for out in (None, torch.float16, torch.bfloat16):
                 kwargs = {} if out is None else {"out_dtype": out}
                 yield f"dequantize_per_tensor{overload}", (_stored(x, dtype), *given, dtype), kwargs
@@ -173,7 +176,8 @@ def _per_channel(x: Tensor, dtype: torch.dtype, low: int, high: int) -> Iterator
 
 
 def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return (x.float() * 20).clamp(0, 255 if dtype == torch.uint8 else 127).round().to(dtype)
+    low, high = RANGES[dtype]
+    return torch.linspace(low, high, x.numel()).reshape(x.shape).to(dtype)
 
 
 def test_same_schemas_and_same_answers_as_torch(tmp_path: Path) -> None:

@@ -247,11 +247,16 @@ def test_no_metadata_porting_through_unknown_ops(flow: Flow) -> None:
                 tagged.meta["quantization_tag"] = str(node.target)
 
     inputs = torch.randn(16, 24), torch.randn(8, 24)
+    each, matmul = {"aten.matmul.default", "aten.add.Tensor", "aten.relu.default"}, "aten.matmul.default"
     converted = flow.run(MatmulWithConstInput(), inputs, annotate)
-    each = {"aten.matmul.default", "aten.add.Tensor", "aten.relu.default"}
-    check(
-        converted,
-        inputs,
-        {"get_attr": {"aten.matmul.default"}, Q: each, DQ: each},
-        {aten.matmul.default: "aten.matmul.default"},
-    )
+    check(converted, inputs, {"get_attr": {matmul}, Q: each, DQ: each}, {aten.matmul.default: matmul})
+
+    def all_but_the_matmul(model: GraphModule) -> None:
+        annotate(model)
+        for node in model.graph.nodes:
+            if node.target == aten.matmul.default:
+                del node.meta["quantization_annotation"]
+
+    # no Q/DQ between the constant and the matmul: only that it is no transpose keeps its tag from the addition's
+    converted = flow.run(MatmulWithConstInput(), inputs, all_but_the_matmul)
+    check(converted, inputs, {"get_attr": {matmul}, Q: each - {matmul}, DQ: each - {matmul}}, {})

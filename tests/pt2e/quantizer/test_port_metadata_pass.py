@@ -249,6 +249,41 @@ def test_weights_among_the_inputs_of_an_exported_program(written: Written, name:
     assert owners(*chain, dequantized) == [name if owned else None] * 2 + [linear.name]
 
 
+class Unfolded(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 3))
+        self.register_buffer("bias", torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        there_and_back = [
+            ops.dequantize_per_tensor(ops.quantize_per_tensor(tensor, 0.1, 0, *RANGE), 0.1, 0, *RANGE)
+            for tensor in (x, self.weight.t(), self.bias)
+        ]
+        return torch.nn.functional.linear(*there_and_back)
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_what_torch_exports(as_module: bool) -> None:
+    """A program's graph has its weights as inputs, a module's as attributes."""
+    program = torch.export.export(Unfolded(), (torch.randn(2, 4),))
+    module = program.module() if as_module else program.graph_module
+    linear = next(node for node in module.graph.nodes if node.target == aten.linear.default)
+    dequantizes = linear.all_input_nodes
+    quantizes = [node.all_input_nodes[0] for node in dequantizes]
+    x, transposed, bias = (node.all_input_nodes[0] for node in quantizes)
+    (weight,) = transposed.all_input_nodes
+    annotate(linear, x, transposed, bias)
+    for node in (x, weight, bias):
+        tag(node)
+    for node in (*dequantizes, *quantizes, transposed):
+        for key in PORTED:
+            node.meta.pop(key, None)
+    assert port(module)
+    assert owners(*dequantizes) == [linear.name] * 3
+    assert owners(*quantizes, transposed) == [None, weight.name, bias.name, weight.name]
+
+
 @pytest.mark.parametrize("op", ["get_attr", "placeholder"])
 def test_folded_weight_whose_old_name_is_gone(written: Written, op: str) -> None:
     weight, folded = written.constant("weight"), written.graph.create_node(op, "b_folded")
