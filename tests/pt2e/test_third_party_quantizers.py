@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -65,6 +66,8 @@ QUANTIZERS: dict[str, tuple[Callable[..., Any], dict[str, bool]]] = {
     "x86-dynamic": (x86, {"is_dynamic": True}),
 }
 
+TRAINED = {name: QUANTIZERS[name] for name in ("xnnpack-channels", "x86")}  # torchao needs long
+
 
 def exported(training: bool) -> GraphModule:
     torch.manual_seed(0)
@@ -82,8 +85,9 @@ def ported(prepare: Callable[..., GraphModule], convert: Callable[..., GraphModu
 
 
 def told(module: GraphModule) -> list[Any]:
-    """Each operator with its arguments: nodes by their place, constants by their values."""
-    places = {node: place for place, node in enumerate(n for n in module.graph.nodes if n.op == "call_function")}
+    """Each operator with its arguments: nodes by their place (of twins, the first's), constants by their values."""
+    places: dict[Node, int] = {}
+    descriptions: list[Any] = []
 
     def argument(value: Any) -> Any:
         if not isinstance(value, Node):
@@ -92,7 +96,12 @@ def told(module: GraphModule) -> list[Any]:
             return getattr_of(module, value).tolist()
         return places.get(value, value.op)
 
-    return [(str(node.target), torch.fx.node.map_aggregate((node.args, node.kwargs), argument)) for node in places]
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            description = str(node.target), torch.fx.node.map_aggregate((node.args, node.kwargs), argument)
+            places[node] = descriptions.index(description) if description in descriptions else len(descriptions)
+            descriptions.append(description)
+    return descriptions
 
 
 def getattr_of(module: GraphModule, node: Node) -> Tensor:
@@ -106,6 +115,27 @@ def same(ours: GraphModule, theirs: GraphModule) -> None:
         assert one == other
     x = torch.randn(4, 3, 8, 8)
     assert torch.equal(ours(x), theirs(x))
+
+
+def trained(flow: Any, to_eval: Callable[..., GraphModule], quantizer: Any) -> GraphModule:
+    prepared = flow.prepare_qat_pt2e(exported(training=True), quantizer)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.05)
+    for seed in range(3):
+        x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        prepared(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return flow.convert_pt2e(to_eval(prepared))
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_while_training(torchao: ModuleType, case: str) -> None:
+    make, config = TRAINED[case]
+    to_eval = importlib.import_module("torchao.quantization.pt2e").move_exported_model_to_eval
+    theirs = trained(torchao, to_eval, make(**config, is_qat=True))
+    ours = trained(pt2e, pt2e.move_exported_model_to_eval, make(**config, is_qat=True))
+    assert sum("quantize_per" in name for name, _ in told(ours)) > 8
+    same(ours, theirs)
 
 
 @pytest.mark.parametrize("case", QUANTIZERS)
