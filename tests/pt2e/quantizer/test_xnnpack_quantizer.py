@@ -212,12 +212,12 @@ def test_cat_of_integers_stays() -> None:
     assert graph(torch.tensor([1, 2])).dtype is torch.int64
 
 
-def test_numbers_become_buffers() -> None:
+def test_numbers_become_buffers(device: torch.device) -> None:
     class Numbers(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Any:
             return x * 0.1 + 3, (y + 0.1) * x
 
-    x, y = torch.randn(3, dtype=torch.float64), torch.tensor([1, 2, 3])
+    x, y = torch.randn(3, dtype=torch.float64, device=device), torch.tensor([1, 2, 3], device=device)
     graph = exported(Numbers(), x, y)
     wanted = graph(x, y)
     transformed = XNNPACKQuantizer().transform_for_annotation(graph)
@@ -226,6 +226,7 @@ def test_numbers_become_buffers() -> None:
         "_tensor_constant_1": 3.0,
         "_tensor_constant_2": pytest.approx(0.1),
     }
+    assert {value.device.type for value in transformed.buffers()} == {device.type}
     for got, value in zip(transformed(x, y), wanted, strict=True):
         assert torch.equal(got, value)
 
