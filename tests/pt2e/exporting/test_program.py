@@ -83,3 +83,43 @@ def test_the_program_goes_wherever_programs_go(
     program = export(prepared(eagerq.get_default_qat_qconfig(backend)), (x,))
     program.validate()
     assert torch.equal(way(program, x)(x), program.module()(x))
+
+
+def test_what_nothing_uses_is_left_out() -> None:
+    model = prepared()
+    model.unused, model.table = nn.Linear(3, 3), nn.Parameter(torch.zeros(5))
+    model.register_buffer("count", torch.zeros(()), persistent=False)
+    program = export(model, (torch.randn(IMAGES),))
+    assert {name.split(".")[0] for name in program.state_dict} == {"conv", "depthwise", "classify"}
+    assert len(program.graph_signature.input_specs) == len(program.state_dict) + 1
+    assert not program.constants
+
+
+class _Mixed(nn.Module):
+    """Float parts around the int8 one, with a parameter, a buffer and a constant of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle = nn.Linear(4, 4), eagerq.QuantWrapper(nn.Linear(4, 4))
+        self.gain, self.offsets = nn.Parameter(torch.full((4,), 2.0)), [torch.arange(4.0)]
+        self.register_buffer("_shift", torch.ones(4), persistent=False)
+        self.middle.qconfig = eagerq.get_default_qat_qconfig("onednn")  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.middle(self.stem(x)) * self.gain + self._shift + self.offsets[0]
+        return out
+
+
+def test_float_parts_stay_as_they_are() -> None:
+    model, x = _Mixed().train(), torch.randn(5, 4)
+    model = eagerq.prepare_qat(model)
+    model(x)
+    program = export(model, (x,))
+    assert set(program.state_dict) == {
+        *("gain", "stem.weight", "stem.bias"),
+        *(f"middle.module.{name}" for name in ("weight", "weight_scale", "weight_zero_point", "bias")),
+    }
+    assert set(program.constants) == {"_shift", "lifted_tensor_0"}
+    int8 = eagerq.convert(model.eval(), as_trained=True)
+    torch.testing.assert_close(program.module()(x), int8(x), atol=2 * int8.middle.module.scale, rtol=0)
+    assert torch.equal(saved_and_loaded(program).module()(x), program.module()(x))
