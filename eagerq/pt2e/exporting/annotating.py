@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import defaultdict
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from eagerq.observer import MinMaxObserver, PerChannelMinMaxObserver, PlaceholderObserver
 from eagerq.pt2e import operators
@@ -29,7 +30,8 @@ _PER_CHANNEL = (operators.QUANTIZE_PER_CHANNEL, operators.DEQUANTIZE_PER_CHANNEL
 def annotate(program: ExportedProgram) -> None:
     """Annotate and tag the float operators of each quantized call, then port that to their Q/DQ nodes."""
     calls: dict[Call, list[Node]] = defaultdict(list)
-    for node in program.graph.nodes:
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+    for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):
         call = take_call(node)
         if call is not None:
             calls[call].append(node)

@@ -44,7 +44,7 @@ def explained(error: Exception, dynamic_shapes: Any) -> EagerqError:
 
 
 def _first_line(said: str) -> str:
-    return next(iter(said.strip().splitlines()), "").rstrip(".")
+    return next(iter(said.strip().splitlines()), "").rstrip(".:")
 
 
 def _conclusions(said: str) -> str:

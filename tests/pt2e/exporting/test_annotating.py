@@ -8,7 +8,7 @@ import torch
 from pt2e.exporting.nets import IMAGES, prepared, saved_and_loaded
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 import eagerq
 from eagerq.nn.quantized import FloatFunctional
@@ -96,3 +96,38 @@ def test_functionals_and_functions_have_names_too_and_float_layers_none() -> Non
     }
     assert tags["blocks.0.add"] == 4  # two dequantized, added, quantized
     assert torch.equal(saved_and_loaded(program).module()(x), program.module()(x))
+
+
+def test_inputs_quantized_as_they_come_belong_to_their_layer() -> None:
+    model = eagerq.quantize_dynamic(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    program = export(model, (torch.randn(5, 4),))
+    called = [node for node in program.graph.nodes if node.op == "call_function"]
+    tags = [node.meta.get("quantization_tag") for node in called]
+    assert tags == [*["0"] * 7, None, *["2"] * 7]  # choose_qparams and its two results, Q, DQ, weight's DQ, linear
+    linear = next(node for node in called if "linear" in node.name)
+    x, weight = linear.meta["quantization_annotation"].input_qspec_map.values()
+    assert (x.is_dynamic, x.dtype, x.quant_min, x.quant_max) == (True, torch.uint8, 0, 127)  # reduced, by default
+    assert (weight.is_dynamic, weight.dtype) == (False, torch.int8)
+
+
+class _Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = eagerq.QuantWrapper(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        out: Tensor = torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x * 2, (x,))
+        return out
+
+
+def test_no_marks_are_left_behind() -> None:
+    model, x = _Branching().train(), torch.randn(5, 4)
+    model.qconfig = eagerq.get_default_qat_qconfig("onednn")  # type: ignore[assignment]
+    model = eagerq.prepare_qat(model)
+    model.inner(x)  # type: ignore[operator]
+    program = export(model, (x,))
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+    assert len(graphs) == 3
+    assert not [node for graph in graphs for node in graph.nodes if {"custom", "seq_nr"} & set(node.meta)]
+    assert torch.equal(program.module()(x), saved_and_loaded(program).module()(x))
