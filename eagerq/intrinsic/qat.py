@@ -49,7 +49,7 @@ def _like(x: Tensor) -> Tensor:
 # A compiled backward pass may compute a value again instead of saving it.  For what the forward pass
 # read from a buffer and then wrote over, that is wrong (torch up to 2.15).  The result of an operator of
 # our own it always saves.
-_kept = Kernel("kept(Tensor x) -> Tensor", _copy, _like)
+kept = Kernel("kept(Tensor x) -> Tensor", _copy, _like)
 
 
 class BatchNormMixin(QATMixin):
@@ -112,7 +112,7 @@ class BatchNormMixin(QATMixin):
     def _fold_factor(self) -> Tensor:
         variance = self.bn.running_var
         if self.bn.training and torch.compiler.is_compiling():
-            variance = _kept(variance)
+            variance = kept(variance)
         factor: Tensor = self.bn.weight / torch.sqrt(variance + self.bn.eps)
         return factor
 

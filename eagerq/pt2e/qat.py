@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from eagerq.functional import channel_shape
+from eagerq.intrinsic.qat import kept
 from eagerq.pt2e.conv_bn import (
     Pair,
     fold,
@@ -24,6 +25,7 @@ from eagerq.pt2e.rewriting import repointed
 __all__ = ["fold_simulated", "simulate_folding"]
 
 _aten: Any = torch.ops.aten
+_KEPT = getattr(torch.ops.eagerq, kept.name).default  # the batch norm will have written over it, see there
 # what a node says of itself alone, and not of the module that it comes from
 _OF_ITS_OWN = (ANNOTATION, "val", "tensor_meta")
 Moved = dict[EdgeOrNode, EdgeOrNode]
@@ -76,6 +78,7 @@ def _simulate(conv: Node, bn: Node) -> Moved:
 
 def _factor(conv: Node, bn: Node) -> Node:
     _, variance, eps, gain, _ = norm_of(bn)
+    variance = _call(conv, _KEPT, variance)
     deviation = _call(conv, _aten.sqrt.default, _call(conv, _aten.add.Tensor, variance, eps))
     if gain is None:
         return _call(conv, _aten.reciprocal.default, deviation)

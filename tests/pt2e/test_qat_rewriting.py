@@ -15,7 +15,8 @@ from torch.fx import GraphModule
 
 from eagerq.pt2e import convert_pt2e, move_exported_model_to_eval, prepare_qat_pt2e
 
-SCALING = [aten.add.Tensor, aten.sqrt.default, aten.div.Tensor, aten.eq.Scalar, aten.where.ScalarSelf]
+KEPT = torch.ops.eagerq.kept.default
+SCALING = [KEPT, aten.add.Tensor, aten.sqrt.default, aten.div.Tensor, aten.eq.Scalar, aten.where.ScalarSelf]
 SCALED = [*SCALING, aten.reshape.default, aten.mul.Tensor]
 BACK = [aten.reshape.default, aten.div.Tensor]
 
@@ -189,3 +190,16 @@ def test_a_copy_trains_and_converts() -> None:
     x = inputs(2)
     after = trained(conv_bn(2), x)
     assert torch.equal(convert_pt2e(copy.deepcopy(after))(x), convert_pt2e(after)(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
+def test_compiled_training() -> None:
+    """A compiled backward pass may compute again what the batch norm has written over since."""
+    model, x = conv_bn(2), inputs(2)
+    plain, compiled = (prepared(copy.deepcopy(model), x) for _ in range(2))
+    run: Any = torch.compile(compiled, backend="aot_eager_decomp_partition")
+    for _ in range(2):
+        for y in (plain(x), run(x)):
+            y.square().mean().backward()
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
