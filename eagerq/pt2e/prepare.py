@@ -136,7 +136,8 @@ class _Insertion:
         self.names = Names(model)
         self.inserted: dict[tuple[Node, int], Node] = {}  # by what is observed, and the observer
         self.observing: set[Node] = set()
-        self.device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+        self.device = devices.pop() if len(devices) == 1 else None
 
     def run(self) -> None:
         for node in list(self.model.graph.nodes):
@@ -171,8 +172,9 @@ class _Insertion:
             user.replace_input_with(node, inserted)
 
     def _insert(self, source: Node, producer: Node, observer: nn.Module) -> Node:
+        # a model may have been moved since it was exported: the graph still says where it was
         value = producer.meta.get("val")
-        device = value.device if isinstance(value, Tensor) else self.device
+        device = value.device if self.device is None and isinstance(value, Tensor) else self.device
         if device is not None:
             observer.to(device)
         name = self.names.new("activation_post_process_")

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from eagerq.errors import InvalidArgumentError, UnsupportedError
 from eagerq.pt2e.constant_folding import fold_quantize as fold_constants
 from eagerq.pt2e.conv_bn import fold_batch_norms
-from eagerq.pt2e.convert import replace_observers
+from eagerq.pt2e.convert import observer_nodes, replace_observers
 from eagerq.pt2e.export_utils import disallow_exported_model_train_eval
 from eagerq.pt2e.prepare import insert_observers
 from eagerq.pt2e.qat import fold_simulated, simulate_folding
@@ -19,6 +19,8 @@ from eagerq.pt2e.quantizer.quantizer import Quantizer
 from eagerq.pt2e.rewriting import copied, pruned
 
 __all__ = ["convert_pt2e", "prepare_pt2e", "prepare_qat_pt2e"]
+
+_PREPARED = "eagerq_prepared"  # in a graph module's meta: a quantizer may want no observer at all
 
 
 def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
@@ -33,10 +35,10 @@ def prepare_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
         A new graph module that observes; run it on data, then give it to :func:`convert_pt2e`.
 
     Raises:
-        InvalidArgumentError: when ``model`` is not an exported model.
+        InvalidArgumentError: when ``model`` is not an exported model, or has observers already.
         InvalidConfigError: for an annotation that cannot be followed, naming the node.
     """
-    model = _annotated(fold_batch_norms(_working_copy(model)), quantizer)
+    model = _annotated(fold_batch_norms(_unprepared_copy(model)), quantizer)
     return _observed(model, quantizer, is_qat=False)
 
 
@@ -56,10 +58,10 @@ def prepare_qat_pt2e(model: GraphModule, quantizer: Quantizer) -> GraphModule:
         A new graph module to be trained. :func:`eagerq.pt2e.move_exported_model_to_eval` does what ``eval()`` would.
 
     Raises:
-        InvalidArgumentError: when ``model`` is not an exported model.
+        InvalidArgumentError: when ``model`` is not an exported model, or has observers already.
         InvalidConfigError: for an annotation that cannot be followed, naming the node.
     """
-    model = _annotated(_working_copy(model), quantizer)
+    model = _annotated(_unprepared_copy(model), quantizer)
     simulate_folding(model)
     return _observed(model, quantizer, is_qat=True)
 
@@ -79,7 +81,7 @@ def convert_pt2e(
         for ``torch.export.export`` and what follows it.
 
     Raises:
-        InvalidArgumentError: when ``model`` is not a graph module.
+        InvalidArgumentError: when ``model`` is not a prepared graph module.
         UnsupportedError: when asked for the reference representation.
     """
     if use_reference_representation:
@@ -88,6 +90,10 @@ def convert_pt2e(
             remedy="leave out use_reference_representation: the Q/DQ form says the same",
         )
     model = _working_copy(model)
+    if not model.meta.pop(_PREPARED, False) and not observer_nodes(model):
+        raise InvalidArgumentError(
+            "this graph has no observers", remedy="prepare it with prepare_pt2e, run it on data, then convert it once"
+        )
     fold_simulated(model)
     replace_observers(model)
     DuplicateDQPass()(model)
@@ -106,6 +112,7 @@ def _annotated(model: GraphModule, quantizer: Quantizer) -> GraphModule:
 
 def _observed(model: GraphModule, quantizer: Quantizer, is_qat: bool) -> GraphModule:
     insert_observers(model, is_qat, callback=getattr(quantizer, "prepare_obs_or_fq_callback", None))
+    model.meta[_PREPARED] = True
     return disallow_exported_model_train_eval(model)
 
 
@@ -116,3 +123,13 @@ def _working_copy(model: Any) -> GraphModule:
             remedy="export the model first: torch.export.export(model.eval(), example_inputs).module()",
         )
     return copied(model)
+
+
+def _unprepared_copy(model: Any) -> GraphModule:
+    model = _working_copy(model)
+    if found := observer_nodes(model):
+        raise InvalidArgumentError(
+            f"this graph has observers already, such as {found[0][0].target}",
+            remedy="prepare the exported model once, with a ComposableQuantizer where several quantizers have a say",
+        )
+    return model

@@ -83,3 +83,29 @@ def test_what_is_refused() -> None:
         prepare_pt2e(nn.Linear(2, 2), Linears())  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="reference representation"):
         convert_pt2e(prepare_pt2e(exported(), Linears()), use_reference_representation=True)
+
+
+def test_a_graph_is_prepared_once_and_converted_once() -> None:
+    prepared = prepare_pt2e(exported(), Linears())
+    with pytest.raises(InvalidArgumentError, match=r"observers already, such as activation_post_process_\d"):
+        prepare_pt2e(prepared, Linears())
+    prepared(*X)
+    converted = convert_pt2e(prepared)
+    for model in (exported(), converted):
+        with pytest.raises(InvalidArgumentError, match="has no observers"):
+            convert_pt2e(model)
+
+
+def test_a_quantizer_may_want_nothing() -> None:
+    class Nothing(Linears):
+        def annotate(self, model: GraphModule) -> None:
+            pass
+
+    model = exported()
+    assert torch.equal(convert_pt2e(prepare_pt2e(model, Nothing()))(*X), model(*X))
+
+
+def test_a_model_moved_since_it_was_exported() -> None:
+    model = exported().to("meta")
+    prepared = prepare_pt2e(model, Linears())
+    assert {buffer.device.type for buffer in prepared.buffers()} == {"meta"}
