@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eagerq import kernels
-from eagerq.errors import InvalidArgumentError, InvalidInputError, calling_module
+from eagerq.errors import InvalidArgumentError, InvalidInputError, UnsupportedError, calling_module
 from eagerq.kernels.dispatch import dialect
 from eagerq.scheme import (
     integer_dtype,
@@ -57,6 +57,10 @@ class QTensor(torch.Tensor):
     scale: Any
     zero_point: Any
     axis: int | None
+
+    # what shares its memory eagerly; known only while a graph is made in other words
+    base: QTensor | None = None
+    views: tuple[QTensor, ...] = ()
 
     @staticmethod
     def __new__(
@@ -179,8 +183,20 @@ class QTensor(torch.Tensor):
             self.integers.copy_(other.integers)
         else:  # a graph of values knows no memory
             self.integers = other.integers
+            self._part()
         self.scale, self.zero_point = other.scale, other.zero_point
         return self
+
+    def _part(self) -> None:
+        """Make what shares memory with this, and so had to change with it, refuse to be read."""
+        base, views = self.base, list(self.views)
+        while base is not None:
+            base.integers, base = _Outdated(), base.base  # type: ignore[assignment]
+        while views:
+            view = views.pop()
+            view.integers = _Outdated()  # type: ignore[assignment]
+            views += view.views
+        self.base, self.views = None, ()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         values = repr(self.dequantize())[len("tensor(") : -1].replace("\n", "\n ")
@@ -197,6 +213,17 @@ class QTensor(torch.Tensor):
             return value.clone() if isinstance(value, Tensor) else value
 
         return QTensor(self.integers.clone(), copy(self.scale), copy(self.zero_point), self.axis)
+
+
+class _Outdated:
+    """Integers that a graph does not know any more."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise UnsupportedError(
+            "a tensor is read after what shares its memory was changed in place, which a graph cannot say",
+            module=calling_module(),
+            remedy="change it out of place (inplace=False, relu instead of relu_), or .clone() it before",
+        )
 
 
 def _rebuild(integers: Tensor, scale: Any, zero_point: Any, axis: int | None) -> QTensor:

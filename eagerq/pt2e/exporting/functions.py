@@ -51,23 +51,37 @@ def _on_reals(func: _Function) -> _Function:
         output = (first.scale, first.zero_point, kind.storage, kind.minimum, kind.maximum)
 
         def quantized(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return QTensor(quantize(value, *output), first.scale, first.zero_point)
-            return value
+            if not (isinstance(value, Tensor) and value.is_floating_point()):
+                return value
+            new = QTensor(quantize(value, *output), first.scale, first.zero_point)
+            return _view(first, new) if any(value._base is real for real in reals) else new
 
-        result = tree_map(quantized, pure(*tree_map(_real, given.args), **tree_map(_real, given.kwargs)))
+        args, kwargs = tree_map(_real, (given.args, given.kwargs))
+        reals = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        result = tree_map(quantized, pure(*args, **kwargs))
         return first.overwrite(result) if overwrite else result
 
     return handler
 
 
-def _the_same(x: QTensor, *args: Any, **kwargs: Any) -> QTensor:
-    """A copy: a graph of values knows no memory, nor how it is laid out."""
+def _view(x: QTensor, new: QTensor) -> QTensor:
+    """``new``, as what shares ``x``'s memory eagerly."""
+    new.base, x.views = x, (*x.views, new)
+    return new
+
+
+def _copied(x: QTensor, *args: Any, **kwargs: Any) -> QTensor:
+    """The same values: a graph knows no memory, nor how it is laid out."""
     return x.like(x.integers)
+
+
+def _detached(x: QTensor) -> QTensor:
+    return _view(x, _copied(x))
 
 
 FUNCTIONS: dict[_Function, _Function] = {
     **{func: _on_reals(func) for func in KEEPING},
-    **{func: _the_same for func in _named("clone", "detach", "contiguous")},
-    getattr(torch.Tensor, "data").__get__: _the_same,  # noqa: B009
+    **{func: _copied for func in _named("clone", "contiguous")},
+    **{func: _detached for func in _named("detach")},
+    getattr(torch.Tensor, "data").__get__: _detached,  # noqa: B009
 }

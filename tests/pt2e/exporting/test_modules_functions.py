@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 import eagerq
 from eagerq import QTensor
-from eagerq.errors import InvalidInputError
+from eagerq.errors import InvalidInputError, UnsupportedError
 from eagerq.nn import quantized
 from eagerq.pt2e import export
 from eagerq.pt2e.operators import QUANTIZE_PER_TENSOR
@@ -170,6 +170,38 @@ def test_what_is_changed_in_place_is_changed_for_all_readers(function: Callable[
     assert not torch.equal(argument, x)
     assert steps_between((result, argument), model(x), STEP / 10).max() <= 10
     assert not [target for target in used(program) if str(target).rpartition(".")[0].endswith("_")]
+
+
+def _through_a_view(q: QTensor) -> Any:
+    q.flatten(1)[:, :5].relu_()
+    return q
+
+
+def _before_a_view_is_read(q: QTensor) -> Any:
+    view = q.detach().transpose(1, 2)
+    q.clamp_(0, 1)
+    return view
+
+
+@pytest.mark.parametrize("function", [_through_a_view, _before_a_view_is_read])
+def test_what_shares_memory_is_not_read_when_changed(function: Callable[[QTensor], Any]) -> None:
+    with pytest.raises(UnsupportedError, match=r"shares its memory was changed in place.*\.clone\(\)"):
+        export(Apply(function), (_input("relu"),))
+
+
+def _not_read_again(q: QTensor) -> Any:
+    first, second = q.flatten(1).relu_().chunk(2, 1)
+    return torch.cat([first.clone().clamp_(0, 0.5), second], 1)
+
+
+@torch.no_grad()
+def test_what_shares_memory_may_be_changed_when_nothing_reads_it() -> None:
+    class Model(Apply):
+        def forward(self, x: Tensor) -> Any:
+            return self.function(self.quant(x)).dequantize()
+
+    _, graph = exported(Model(_not_read_again), (_input("relu"),))
+    assert torch.equal(graph(_input("relu")), Model(_not_read_again)(_input("relu")))
 
 
 def test_layouts_and_copies_leave_no_trace() -> None:
