@@ -131,3 +131,9 @@ def test_no_marks_are_left_behind() -> None:
     assert len(graphs) == 3
     assert not [node for graph in graphs for node in graph.nodes if {"custom", "seq_nr"} & set(node.meta)]
     assert torch.equal(program.module()(x), saved_and_loaded(program).module()(x))
+
+
+def test_names_are_those_in_the_model_that_is_exported() -> None:
+    model = nn.Sequential(eagerq.convert(prepared(), as_trained=True))
+    tags = _tags(export(model, (torch.randn(IMAGES),)).graph)
+    assert set(tags) == {"0", *(f"0.{name}" for name in TAGS if name != "mean")}

@@ -15,6 +15,7 @@ import eagerq
 from eagerq.errors import InvalidArgumentError, UnsupportedError
 from eagerq.nn.quantized import FloatFunctional
 from eagerq.pt2e import export
+from eagerq.qtensor import QTensor
 
 QNNPACK, REDUCED = eagerq.get_default_qat_qconfig("qnnpack"), eagerq.get_default_qat_qconfig("x86")
 
@@ -165,9 +166,10 @@ def test_per_channel_activations_are_refused_by_name() -> None:
 
 
 def test_copies_of_integers_are_integers() -> None:
-    model = _bare(lambda q: q.clone().contiguous().detach().dequantize())
+    model = _bare(lambda q: QTensor(q.int_repr().clone().contiguous().detach(), q.scale, q.zero_point).dequantize())
     x = torch.randn(2, 4)
     before, after = export(model, (x,)), export(model, (x,), activation_dtype=torch.int8)
+    assert named(after, "clone")[0].meta["val"].dtype is torch.int8
     assert torch.equal(before.module()(x), after.module()(x))
 
 
