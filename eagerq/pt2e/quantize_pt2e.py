@@ -103,7 +103,14 @@ def convert_pt2e(
     return disallow_exported_model_train_eval(pruned(model))
 
 
-def _annotated(model: GraphModule, quantizer: Quantizer) -> GraphModule:
+def _annotated(model: GraphModule, quantizer: Any) -> GraphModule:
+    is_class = isinstance(quantizer, type)
+    if is_class or not hasattr(quantizer, "transform_for_annotation"):
+        name = f"the class {quantizer.__name__}" if is_class else type(quantizer).__name__
+        raise InvalidArgumentError(
+            f"got {name}, but a quantizer is needed",
+            remedy="pass one, such as XNNPACKQuantizer().set_global(get_symmetric_quantization_config())",
+        )
     model = quantizer.transform_for_annotation(model)
     quantizer.annotate(model)
     quantizer.validate(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -109,3 +111,9 @@ def test_a_model_moved_since_it_was_exported() -> None:
     model = exported().to("meta")
     prepared = prepare_pt2e(model, Linears())
     assert {buffer.device.type for buffer in prepared.buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize("quantizer", [None, Linears])
+def test_what_is_no_quantizer_is_refused(quantizer: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"got (NoneType|the class Linears), but a quantizer is needed"):
+        prepare_pt2e(exported(), quantizer)

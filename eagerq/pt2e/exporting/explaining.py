@@ -35,6 +35,11 @@ def explained(error: Exception, dynamic_shapes: Any) -> EagerqError:
             remedy="compute both ways and choose with torch.where, or leave the choice to the program's caller; "
             + _LIST,
         )
+    if module is None and isinstance(error, TypeError):
+        return InvalidArgumentError(
+            f"the model's forward cannot take these example_inputs: {_first_line(said)}",
+            remedy="pass its positional arguments, all that have no default, as a tuple such as (x,)",
+        )
     if module is None and dynamic_shapes is not None:
         return InvalidArgumentError(
             f"torch.export cannot take these example_inputs and dynamic_shapes: {first}",

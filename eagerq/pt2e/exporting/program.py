@@ -67,6 +67,11 @@ def export(
         >>> [node.name for node in program.graph.nodes if node.meta.get("quantization_tag") == "module"]
         ['dequantize_per_tensor', 'dequantize_per_channel', 'linear', 'quantize_per_tensor_1']
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(
+            f"got {type(model).__name__}, but an eager model is needed",
+            remedy="pass the module that prepare_qat, prepare or convert returned",
+        )
     _check_inputs(example_inputs)
     wanted = checked_dtype(activation_dtype)
     int8 = _int8(model)

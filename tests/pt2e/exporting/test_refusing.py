@@ -102,6 +102,17 @@ def test_example_inputs_must_be_a_tuple(inputs: Any) -> None:
         export(using(lambda x: x), inputs)
 
 
+@pytest.mark.parametrize(("inputs", "said"), [((), "missing a required argument"), ((X, X), "too many positional")])
+def test_inputs_that_forward_cannot_take(inputs: tuple[Tensor, ...], said: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"forward cannot take these example_inputs: {said}"):
+        export(using(lambda x: x), inputs)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="got Tensor, but an eager model is needed"):
+        export(X, (X,))  # type: ignore[arg-type]
+
+
 def test_a_float_model_is_told_to_be_prepared() -> None:
     with pytest.raises(InvalidConfigError, match=r"not prepared.*call prepare_qat"):
         export(nn.Sequential(nn.Linear(2, 2)), (torch.zeros(1, 2),))
