@@ -107,6 +107,14 @@ def test_a_channel_that_the_batch_norm_multiplies_by_zero() -> None:
     )
 
 
+def test_weights_before_an_inplace_relu_are_stored_as_integers() -> None:
+    x = inputs(2)
+    after = prepared(nn.Sequential(*conv_bn(2), nn.ReLU(inplace=True)), x)
+    after(x)
+    stored = convert_pt2e(after).state_dict()
+    assert [value.dtype for value in stored.values() if value.dim() == 4] == [torch.int8]
+
+
 class Twice(nn.Module):
     """A convolution and batch norm called twice, or two batch norms of a convolution called twice."""
 

@@ -80,6 +80,7 @@ def test_reentrant() -> None:
     torch.testing.assert_close(converted(x), expected, rtol=0, atol=0.1)
     found = calls(converted)
     assert Counter(found) & Counter({Q: 9, DQ: 9, DQ_PER_CHANNEL: 9}) == {Q: 4, DQ: 5, DQ_PER_CHANNEL: 1}
+    assert aten.batch_norm.default not in found
     order = [
         target for target in found if target in (Q, DQ, aten.conv2d.default, aten.relu.default, aten.linear.default)
     ]
