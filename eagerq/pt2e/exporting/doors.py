@@ -32,14 +32,24 @@ def _float32(x: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Tensor:
-    """``x`` in integers; as it is where a float dtype is asked for. A fused ReLU is taken out of the range."""
+    """``x`` in integers; as it is where a float dtype is asked for.
+
+    Compilers quantize to all of the dtype, whatever range the operator names: what a range leaves out is clamped by
+    operators of its own. A fused ReLU is one. Other ends are clamped between two quantizes, since one of real
+    numbers would part the layer from its quantize.
+    """
     x = _float32(x)
     if dtype.is_floating_point:
         return x
-    least = integer_type(dtype).minimum
+    least, most = integer_type(dtype).minimum, integer_type(dtype).maximum
     if low == zero_point > least:
         x, low = torch.relu(x), least
-    return operators.QUANTIZE_PER_TENSOR(x, scale, zero_point, low, high, dtype)
+    q = operators.QUANTIZE_PER_TENSOR(x, scale, zero_point, least, most, dtype)
+    if (low, high) == (least, most):
+        return q
+    ends = (None if end == edge else (end - zero_point) * scale for end, edge in ((low, least), (high, most)))
+    x = torch.clamp(dequantize(q, scale, zero_point), *ends)
+    return operators.QUANTIZE_PER_TENSOR(x, scale, zero_point, least, most, dtype)
 
 
 def dequantize(q: Tensor, scale: float, zero_point: int) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from pt2e.backends.nets import NETS, Classifier, Residual, agree, int8
+from pt2e.backends.nets import NETS, Classifier, Mobile, Residual, agree, int8
 from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
@@ -18,7 +18,11 @@ from torch.export import Dim
 from eagerq.pt2e import export
 
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="Inductor needs a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="Inductor needs a C++ compiler"),
+    # Inductor about its own way with scales
+    pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning"),
+]
 
 KERNEL = re.compile(r"= torch\.ops\.onednn\.(qconv|qlinear)\w*_pointwise")
 # whatever else is called rather than generated, such as a float convolution; comments name operators, too
@@ -53,6 +57,15 @@ def test_every_convolution_and_linear_layer_is_an_int8_kernel(net: type[Classifi
     result, code = compiled(program.module(), images)
     assert len(KERNEL.findall(code)) == net.weighted
     assert not OTHER.findall(code)
+    assert agree(result, model, images)
+
+
+def test_a_range_narrower_than_the_dtype_is_kept() -> None:
+    """The kernels fill all of uint8; what was trained with 7 bits is clamped besides."""
+    model, images = int8(Mobile, "x86")
+    images = 3 * images  # beyond what training has seen
+    result, code = compiled(export(model, (images,)).module(), images)
+    assert len(KERNEL.findall(code)) == Mobile.weighted
     assert agree(result, model, images)
 
 

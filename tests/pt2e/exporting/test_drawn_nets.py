@@ -146,12 +146,19 @@ class Following(Interpreter):
         super().__init__(graph)  # type: ignore[arg-type]
         self.integers, self.shift = integers, shift
         self.steps: dict[str, int] = {}
+        # a module that clamps to less than the dtype quantizes before that, too
+        self.last = {self.name(node): node for node in self.graph.nodes if is_quantize(node)}
+
+    @staticmethod
+    def name(n: Node) -> str:
+        name: str = n.meta.get("quantization_tag") or qualified_name(n)
+        return name
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if not is_quantize(n):
+        name = self.name(n) if is_quantize(n) else ""
+        if self.last.get(name) is not n:
             return value
-        name = n.meta.get("quantization_tag") or qualified_name(n)
         wanted = self.integers[name].int() + self.shift
         self.steps[name] = int((value.int() - wanted).abs().max())
         return wanted.to(value.dtype)
