@@ -147,16 +147,16 @@ class Following(Interpreter):
         self.integers, self.shift = integers, shift
         self.steps: dict[str, int] = {}
         # a module that clamps to less than the dtype quantizes before that, too
-        self.last = {self.name(node): node for node in self.graph.nodes if is_quantize(node)}
+        self.last = {self.place(node): node for node in self.graph.nodes if is_quantize(node)}
 
     @staticmethod
-    def name(n: Node) -> str:
+    def place(n: Node) -> str:
         name: str = n.meta.get("quantization_tag") or qualified_name(n)
         return name
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        name = self.name(n) if is_quantize(n) else ""
+        name = self.place(n) if is_quantize(n) else ""
         if self.last.get(name) is not n:
             return value
         wanted = self.integers[name].int() + self.shift
