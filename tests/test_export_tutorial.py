@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-TUTORIAL = Path(__file__).resolve().parent.parent / "tutorials" / "export.py"
+ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = {
     "ONNX Runtime": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
     "ExecuTorch": ("executorch", ("executorch",)),
@@ -31,8 +32,9 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Run:
         pytest.importorskip(needed)
     folder = tmp_path_factory.mktemp("export")
     done = subprocess.run(
-        [sys.executable, str(TUTORIAL), "--quick", "--json", "figures.json"],
+        [sys.executable, str(ROOT / "tutorials" / "export.py"), "--quick", "--json", "figures.json"],
         cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         encoding="utf-8",
