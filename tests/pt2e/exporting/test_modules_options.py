@@ -56,6 +56,9 @@ def _trained(layer: nn.Module, shape: tuple[int, ...], qconfig: Any, inputs: int
     return eagerq.convert(model.eval(), as_trained=True)
 
 
+CLAMP = torch.ops.aten.clamp.default
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("qconfig", QCONFIGS)
@@ -64,8 +67,9 @@ def test_other_ranges_and_weights(layer: str, qconfig: str) -> None:
     model, x = _trained(make(), shape, QCONFIGS[qconfig]), torch.randn(16, *shape) * 2
     program, graph = exported(model, (x,))
     assert steps_between(graph(x), model(x), step(model)).max() <= 1
-    made = [node for node in program.graph.nodes if node.target is QUANTIZE_PER_TENSOR]
-    assert quantized_as(made[0])[2:] == tuple(model.quants[0].output[i] for i in (3, 4, 2))
+    made = next(node for node in program.graph.nodes if node.target is QUANTIZE_PER_TENSOR)
+    dtype = model.quants[0].output.dtype
+    assert quantized_as(made)[2:] == (torch.iinfo(dtype).min, torch.iinfo(dtype).max, dtype)
 
 
 @torch.no_grad()
@@ -81,11 +85,12 @@ def test_a_fused_relu_is_said_where_the_range_does_not_say_it(zero_point: int) -
     assert steps_between(graph(x), wanted, step(model)).max() <= 1
 
 
-def test_a_reduced_range_is_told() -> None:
+def test_a_reduced_range_is_clamped_between_two_quantizes_that_fill_the_dtype() -> None:
     make, shape = LAYERS["Conv"]
     model = _trained(make(), shape, QCONFIGS["reduced range"])
     program, _ = exported(model, (torch.randn(2, *shape),))
-    assert {quantized_as(one)[2:4] for one in program.graph.nodes if one.target is QUANTIZE_PER_TENSOR} == {(0, 127)}
+    assert {quantized_as(one)[2:4] for one in program.graph.nodes if one.target is QUANTIZE_PER_TENSOR} == {(0, 255)}
+    assert used(program)[QUANTIZE_PER_TENSOR] == 2 * used(program)[CLAMP] == 4  # the stub's and the layer's
 
 
 @torch.no_grad()
@@ -189,7 +194,7 @@ def test_operations_of_functional_modules(name: str, qconfig: str) -> None:
     wanted, got = model(*inputs), graph(*inputs)
     if "scalar" in name:  # nothing is rounded, so nothing may differ but the scale's last digit
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
-        assert used(program)[QUANTIZE_PER_TENSOR] == 2
+        assert used(program)[QUANTIZE_PER_TENSOR] - used(program)[CLAMP] == 2
     assert steps_between(got, wanted, step(model)).max() <= 1
 
 
