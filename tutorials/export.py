@@ -34,7 +34,9 @@ from draw_graph import draw_graph
 from quickstart import BATCH, SEED, digits, share
 from torch import Tensor, nn
 
+from eagerq.errors import MissingExtraError
 from eagerq.pt2e import export
+from eagerq.pt2e.inductor import load_patterns
 from eagerq.pt2e.onnx import translations
 
 Run = Callable[[Tensor], Tensor]
@@ -75,6 +77,7 @@ def inductor(int8: nn.Module, example: Tensor, file: Path) -> Run:
     It compiles anew for each batch size: with one input channel and a batch of any size it mistakes the layout.
     """
     torch.export.save(export(int8, (example,), SHAPES, activation_dtype=torch.uint8), file)
+    load_patterns()
     torch._inductor.config.freezing = True
     return torch.compile(torch.export.load(file).module(), dynamic=False)
 
@@ -217,8 +220,11 @@ def main() -> None:
         for name, backend in BACKENDS.items():
             if backend.is_there():
                 print(f"{name}: export and compile")
-                files[name] = Path(folder, backend.file)
-                runs[name] = backend.build(int8, images[:BATCH], files[name])
+                file = Path(folder, backend.file)
+                try:
+                    runs[name], files[name] = backend.build(int8, images[:BATCH], file), file
+                except MissingExtraError as error:
+                    print(f"{name}: left out; {error}")
             else:
                 print(f"{name}: left out; {backend.remedy}")
         figures = measure(runs, int8, images, labels, repeats=20 if options.quick else 200)

@@ -30,10 +30,10 @@ def translations() -> dict[Callable[..., Any], _Translation]:
     Raises:
         MissingExtraError: when onnxscript is not installed.
 
-    Example:
-        >>> table = translations()  # doctest: +SKIP
-        >>> program = eagerq.pt2e.export(model, (images,))  # doctest: +SKIP
-        >>> torch.onnx.export(program, (), "model.onnx", dynamo=True, custom_translation_table=table)  # doctest: +SKIP
+    Example::
+
+        program = eagerq.pt2e.export(model, (images,))
+        torch.onnx.export(program, (), "model.onnx", dynamo=True, custom_translation_table=translations())
     """
     if importlib.util.find_spec("onnxscript") is None:
         raise MissingExtraError("writing ONNX needs onnxscript", remedy="pip install 'eagerq[onnx]'")

@@ -15,7 +15,9 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.export import Dim
 
+from eagerq.errors import MissingExtraError
 from eagerq.pt2e import export
+from eagerq.pt2e.inductor import load_patterns
 
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
 pytestmark = [
@@ -32,6 +34,10 @@ OTHER = re.compile(r"^ *(?:\w+ = )?((?:extern_kernels|torch\.ops\.(?:aten|mkldnn
 @pytest.fixture(autouse=True)
 def frozen() -> Iterator[None]:
     """Weights as constants: without, Inductor packs none of them. Nothing compiled before is taken again."""
+    try:
+        load_patterns()
+    except MissingExtraError:
+        pytest.importorskip("torchao")
     torch._dynamo.reset()
     with config.patch(freezing=True, fx_graph_cache=False):
         yield
