@@ -86,11 +86,6 @@ def exported(net: nn.Module, *inputs: Tensor, **more: Any) -> GraphModule:
     return torch.export.export(net.eval(), inputs, **more).module()  # type: ignore[no-any-return]
 
 
-def calls(model: GraphModule) -> list[Any]:
-    """The operators called, in order."""
-    return [node.target for node in model.graph.nodes if node.op == "call_function"]
-
-
 def listing(model: GraphModule) -> list[Any]:
     """Every node in order: what it does, its arguments by position, and tensors that it reads by value."""
     number = {node: index for index, node in enumerate(model.graph.nodes)}

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from pt2e.flows import EAGERQ, Flow, aten, calls, exported
+from pt2e.flows import EAGERQ, Flow, aten, exported
+from pt2e.graphs import calls
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from pt2e.flows import aten, calls, exported, ops
+from pt2e.flows import aten, exported, ops
+from pt2e.graphs import calls
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
