@@ -119,9 +119,12 @@ class Backend:
     file: str
     modules: tuple[str, ...] = ()
     compiler: bool = False
+    since: tuple[int, int] = (0, 0)  # of torch
     remedy: str = ""
 
     def is_there(self) -> bool:
+        if torch.torch_version.TorchVersion(torch.__version__) < self.since:
+            return False
         compiled = not self.compiler or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
         return compiled and all(find_spec(module) for module in self.modules)
 
@@ -132,7 +135,9 @@ BACKENDS = {
     "ONNX Runtime": Backend(
         onnx, "model.onnx", ("onnx", "onnxscript", "onnxruntime"), remedy="pip install 'eagerq[onnx]'"
     ),
-    "ExecuTorch": Backend(executorch, "model.pte", ("executorch",), remedy="pip install 'eagerq[executorch]'"),
+    "ExecuTorch": Backend(
+        executorch, "model.pte", ("executorch",), since=(2, 13), remedy="pip install 'eagerq[executorch]' 'torch>=2.13'"
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pt2e.graphs import peer
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -76,7 +77,7 @@ def quiet() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def torchao_flow() -> Flow:
     with quiet():
-        pytest.importorskip("torchao.quantization.pt2e")
+        peer("torchao.quantization.pt2e")
         import torchao.quantization.pt2e as pt2e
         from torchao.quantization.pt2e import quantize_pt2e, quantizer
     return Flow(quantizer, pt2e, quantize_pt2e)

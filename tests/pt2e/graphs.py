@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -24,3 +25,10 @@ def call(model: GraphModule, target: Any) -> Node:
     """The one node that calls this operator."""
     (node,) = [node for node in model.graph.nodes if node.target is target]
     return node
+
+
+def peer(name: str) -> Any:
+    """A module of torchao or ExecuTorch; the releases that there are say other things, or nothing, on older torch."""
+    if torch.torch_version.TorchVersion(torch.__version__) < (2, 13):
+        pytest.skip("torchao and ExecuTorch are made for torch 2.13 and later")
+    return pytest.importorskip(name)

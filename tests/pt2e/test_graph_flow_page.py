@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pt2e.graphs import peer
 from torch._inductor import config
 from torch.fx import GraphModule
 
@@ -64,7 +65,7 @@ def test_while_training() -> None:
 def torchao() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchao's, of its optional parts, and Inductor's
-        pytest.importorskip("torchao")
+        peer("torchao")
         yield
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pt2e.graphs import peer
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -28,7 +29,7 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture
 def torchao() -> ModuleType:
-    return pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    return peer("torchao.quantization.pt2e.quantize_pt2e")
 
 
 class Net(nn.Module):
@@ -48,12 +49,12 @@ class Net(nn.Module):
 
 
 def xnnpack(**config: bool) -> Any:
-    module = pytest.importorskip(XNNPACK)
+    module = peer(XNNPACK)
     return module.XNNPACKQuantizer().set_global(module.get_symmetric_quantization_config(**config))
 
 
 def x86(**config: bool) -> Any:
-    module = pytest.importorskip(X86)
+    module = peer(X86)
     return module.X86InductorQuantizer().set_global(module.get_default_x86_inductor_quantization_config(**config))
 
 

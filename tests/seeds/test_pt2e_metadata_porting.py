@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pt2e.graphs import peer
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -108,10 +109,10 @@ def _torchao() -> Flow:
     """torchao's flow, but for the porting: that is undone, and done by our pass."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        flow = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
-        quantizer = pytest.importorskip("torchao.quantization.pt2e.quantizer")
-        xnnpack = pytest.importorskip("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
-        annotators = pytest.importorskip("executorch.backends.xnnpack.quantizer.xnnpack_quantizer_utils")
+        flow = peer("torchao.quantization.pt2e.quantize_pt2e")
+        quantizer = peer("torchao.quantization.pt2e.quantizer")
+        xnnpack = peer("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
+        annotators = peer("executorch.backends.xnnpack.quantizer.xnnpack_quantizer_utils")
 
     def convert(prepared: GraphModule) -> GraphModule:
         converted = flow.convert_pt2e(prepared)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pt2e.graphs import peer
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -38,8 +39,8 @@ class Net(nn.Module):
 def backend() -> tuple[Any, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        flow = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
-        xnnpack = pytest.importorskip("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
+        flow = peer("torchao.quantization.pt2e.quantize_pt2e")
+        xnnpack = peer("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
     return flow, xnnpack
 
 

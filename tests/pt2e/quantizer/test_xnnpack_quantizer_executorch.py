@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pt2e.flows import quiet
+from pt2e.graphs import peer
 from pt2e.quantizer.models import ALL_INPUTS, All, said
 from torch import nn
 from torch.fx import GraphModule
@@ -31,7 +32,7 @@ CONFIGS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def theirs() -> Any:
     with quiet():
-        return pytest.importorskip("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
+        return peer("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_numbers(theirs: Any, config: dict[str, Any]) -> None:
 def test_public_names(theirs: Any) -> None:
     """What can be imported from ExecuTorch's modules can be from ours."""
     with quiet():
-        utils = pytest.importorskip("executorch.backends.xnnpack.quantizer.xnnpack_quantizer_utils")
+        utils = peer("executorch.backends.xnnpack.quantizer.xnnpack_quantizer_utils")
     for their_module, our_module in (
         (theirs, eagerq.pt2e.quantizer.xnnpack_quantizer),
         (utils, eagerq.pt2e.quantizer.xnnpack_quantizer_utils),
