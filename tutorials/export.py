@@ -86,7 +86,7 @@ def onnx(int8: nn.Module, example: Tensor, file: Path) -> Run:
     """ONNX in QDQ form; onnxruntime fuses it to integer layers when it loads the file."""
     import onnxruntime
 
-    how = {"dynamo": True, "verbose": False, "custom_translation_table": translations()}
+    how = {"dynamo": True, "verbose": False, "external_data": False, "custom_translation_table": translations()}
     torch.onnx.export(export(int8, (example,), SHAPES), (), file, **how)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
