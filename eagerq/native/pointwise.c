@@ -1,0 +1,153 @@
+/* Pointwise work on bytes that no public operator of torch does exactly and fast.
+ *
+ * Plain C: pointers and numbers in, nothing of torch, so that one build serves every release.
+ * Arithmetic is float32, rounded at each step as eagerq.kernels.reference does (the build turns
+ * contraction off; fmaf stands where the reference fuses). Bytes are unsigned or signed: a
+ * signed one is read as (b ^ 0x80) - 128. The OpenMP runtime is whichever torch has loaded.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum { BLOCK = 8192 };
+typedef int64_t i64;
+typedef uint8_t u8;
+
+#define BLOCKS(n) (((n) + BLOCK - 1) / BLOCK)
+#define SPAN(block, n) ((n) - (block) * (i64)BLOCK < BLOCK ? (n) - (block) * (i64)BLOCK : BLOCK)
+
+static inline float real(u8 byte, int is_signed) { return (float)(is_signed ? (int8_t)byte : (int)byte); }
+
+static inline u8 stored(float steps, float low, float high) {
+    steps = steps < low ? low : steps;
+    steps = steps > high ? high : steps;
+    return (u8)(int)steps;
+}
+
+typedef struct {
+    int a_signed, b_signed;
+    float a_scale, a_shift, b_scale, b_shift, factor, zero, low, high;
+} Pair;
+
+#define ADD_LOOP(A, B)                                                              \
+    for (i64 i = 0; i < n; i++) {                                                   \
+        float total = fmaf(real(a[i], A), p->a_scale, p->a_shift)                   \
+                    + fmaf(real(b[i], B), p->b_scale, p->b_shift);                  \
+        out[i] = stored(rintf(total * p->factor) + p->zero, p->low, p->high);       \
+    }
+
+CLONES static void add_block(const u8 *restrict a, const u8 *restrict b, u8 *restrict out, i64 n, const Pair *p) {
+    if (p->a_signed) { if (p->b_signed) ADD_LOOP(1, 1) else ADD_LOOP(1, 0) }
+    else { if (p->b_signed) ADD_LOOP(0, 1) else ADD_LOOP(0, 0) }
+}
+
+EXPORT void eagerq_add(const u8 *a, const u8 *b, u8 *out, i64 n, const Pair *p) {
+#pragma omp parallel for schedule(static) if (n > 4 * BLOCK)
+    for (i64 block = 0; block < BLOCKS(n); block++) {
+        i64 at = block * BLOCK;
+        add_block(a + at, b + at, out + at, SPAN(block, n), p);
+    }
+}
+
+CLONES static void quantize_block(const float *restrict x, u8 *restrict out, i64 n, float inverse, float zero,
+                                  float low, float high) {
+    for (i64 i = 0; i < n; i++) out[i] = stored(rintf(fmaf(x[i], inverse, zero)), low, high);
+}
+
+EXPORT void eagerq_quantize(const float *x, u8 *out, i64 n, float inverse, float zero, float low, float high) {
+#pragma omp parallel for schedule(static) if (n > 2 * BLOCK)
+    for (i64 block = 0; block < BLOCKS(n); block++) {
+        i64 at = block * BLOCK;
+        quantize_block(x + at, out + at, SPAN(block, n), inverse, zero, low, high);
+    }
+}
+
+CLONES static void max_block(const u8 *restrict x, u8 *restrict out, i64 n, int flip) {
+    if (flip) for (i64 i = 0; i < n; i++) out[i] = (int8_t)x[i] > (int8_t)out[i] ? x[i] : out[i];
+    else for (i64 i = 0; i < n; i++) out[i] = x[i] > out[i] ? x[i] : out[i];
+}
+
+/* [batch, height, width, channels] -> [batch, rows, columns, channels] */
+EXPORT void eagerq_max_pool(const u8 *x, u8 *out, i64 batch, i64 height, i64 width, i64 channels, i64 rows,
+                            i64 columns, const i64 *window, int is_signed) {
+    const i64 taps_y = window[0], taps_x = window[1], every_y = window[2], every_x = window[3];
+    const i64 pad_y = window[4], pad_x = window[5], step_y = window[6], step_x = window[7];
+#pragma omp parallel for collapse(2) schedule(static)
+    for (i64 image = 0; image < batch; image++)
+        for (i64 row = 0; row < rows; row++)
+            for (i64 column = 0; column < columns; column++) {
+                u8 *to = out + ((image * rows + row) * columns + column) * channels;
+                int first = 1;
+                for (i64 ty = 0; ty < taps_y; ty++) {
+                    i64 y = row * every_y - pad_y + ty * step_y;
+                    if (y < 0 || y >= height) continue;
+                    for (i64 tx = 0; tx < taps_x; tx++) {
+                        i64 xx = column * every_x - pad_x + tx * step_x;
+                        if (xx < 0 || xx >= width) continue;
+                        const u8 *from = x + ((image * height + y) * width + xx) * channels;
+                        if (first) memcpy(to, from, channels);
+                        else max_block(from, to, channels, is_signed);
+                        first = 0;
+                    }
+                }
+            }
+}
+
+/* Eight bytes of 0 or 1 to the bits of one. */
+static inline u8 packed(const u8 *flags) {
+    uint64_t eight;
+    memcpy(&eight, flags, 8);
+    return (u8)((eight * 0x0102040810204080ull) >> 56);
+}
+
+/* out = (clamp(round(x * inverse) + zero) - zero) * scale; bit i of mask tells whether x[i] was inside */
+CLONES static void fake_block(const float *restrict x, float *restrict out, u8 *restrict mask, i64 n, float inverse,
+                              float scale, float zero, float low, float high) {
+    u8 inside[BLOCK + 8];
+    for (i64 i = 0; i < n; i++) {
+        float steps = rintf(x[i] * inverse) + zero;
+        float kept = steps < low ? low : steps;
+        kept = kept > high ? high : kept;
+        inside[i] = kept == steps;
+        out[i] = (kept - zero) * scale;
+    }
+    if (!mask) return;
+    memset(inside + n, 0, (u8)(-n & 7));
+    for (i64 i = 0; i < n; i += 8) mask[i / 8] = packed(inside + i);
+}
+
+EXPORT void eagerq_fake_quantize(const float *x, float *out, u8 *mask, i64 n, float inverse, float scale, float zero,
+                                 float low, float high) {
+#pragma omp parallel for schedule(static) if (n > 2 * BLOCK)
+    for (i64 block = 0; block < BLOCKS(n); block++) {
+        i64 at = block * BLOCK;
+        fake_block(x + at, out + at, mask ? mask + at / 8 : 0, SPAN(block, n), inverse, scale, zero, low, high);
+    }
+}
+
+CLONES static void masked_block(const float *restrict grad, const u8 *restrict mask, float *restrict out, i64 n) {
+    i64 whole = n / 8 * 8;
+    for (i64 i = 0; i < whole; i += 8) {
+        uint32_t bits = mask[i / 8], words[8];
+        memcpy(words, grad + i, sizeof words);
+        for (int k = 0; k < 8; k++) words[k] &= 0u - ((bits >> k) & 1u);
+        memcpy(out + i, words, sizeof words);
+    }
+    for (i64 i = whole; i < n; i++) out[i] = (mask[i / 8] >> (i % 8)) & 1 ? grad[i] : 0.0f;
+}
+
+EXPORT void eagerq_masked(const float *grad, const u8 *mask, float *out, i64 n) {
+#pragma omp parallel for schedule(static) if (n > 2 * BLOCK)
+    for (i64 block = 0; block < BLOCKS(n); block++) {
+        i64 at = block * BLOCK;
+        masked_block(grad + at, mask + at / 8, out + at, SPAN(block, n));
+    }
+}
