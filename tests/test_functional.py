@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eagerq import functional
 from eagerq.errors import InvalidInputError
 from eagerq.functional import (
     affine_qparams,
@@ -63,7 +62,7 @@ def bound_vectors(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 def fallback() -> Iterator[None]:
     """As if torch had dropped its per-tensor operator."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "_NATIVE_PER_TENSOR", None)
+        patch.setattr("eagerq.functional.rounding._NATIVE_PER_TENSOR", None)
         yield
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from eagerq import native
 from eagerq.kernels import onednn, reference, transposed
 from eagerq.kernels.dispatch import Kernel, door
 
-__all__ = ["add_scalar", "cat", "conv", "conv_transpose", "linear", "matmul", "mul_scalar", "quantize"]
+__all__ = ["add", "add_scalar", "cat", "conv", "conv_transpose", "linear", "matmul", "mul_scalar", "quantize"]
 
 _X = "Tensor x, float x_scale, int x_zero_point"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_zero_point, Tensor? bias"
@@ -82,6 +84,11 @@ def _fake_conv_transpose(
     return reference.channels_last(x.new_empty((x.shape[0], weight.shape[1] * groups, *size), dtype=dtype))
 
 
+def _fake_add(a: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(a + rest[2], dtype=rest[-3])
+
+
+add = Kernel(f"add({_X.replace('x', 'a')}, {_X.replace('x', 'b')}, {_OUTPUT}) -> Tensor", reference.add, _fake_add)
 quantize = Kernel(f"quantize(Tensor x, {_OUTPUT}) -> Tensor", reference.quantize)
 linear = Kernel(f"linear({_X}, {_WEIGHT}, {_OUTPUT}) -> Tensor", reference.linear, _fake_linear)
 conv = Kernel(
@@ -96,6 +103,9 @@ conv_transpose = Kernel(
     _fake_conv_transpose,
 )
 
+if native.available:
+    add.register("cpu", native.add)
+    quantize.register("cpu", native.quantize)
 if onednn.available():
     linear.register("cpu", onednn.linear)
     conv.register("cpu", onednn.conv)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _ntuple
 
+from eagerq import native
 from eagerq.kernels.reference import MEMORY_FORMATS
 from eagerq.scheme import integer_type
 
@@ -46,7 +47,10 @@ def max_pool(
     taps, pads, steps = each(kernel_size), each(padding), each(dilation)
     strides = taps if stride is None or stride == [] else each(stride)
     counts = [_windows(*axis, ceil_mode) for axis in zip(x.shape[2:], taps, strides, pads, steps, strict=True)]
-    y = x.contiguous(memory_format=MEMORY_FORMATS[x.dim()]).movedim(1, -1)
+    y = x.contiguous(memory_format=MEMORY_FORMATS[x.dim()])
+    if dim == 2 and x.element_size() == 1 and native.serves(y):
+        return native.max_pool(y, taps, strides, pads, steps, counts)
+    y = y.movedim(1, -1)
     around = [0, 0]
     for axis in reversed(range(dim)):
         end = (counts[axis] - 1) * strides[axis] + steps[axis] * (taps[axis] - 1) + 1

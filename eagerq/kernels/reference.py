@@ -238,7 +238,6 @@ def scaled(q: Tensor, scale: float, zero_point: int) -> Tensor:
     return torch.add(_scalar(shift), q.to(torch.float32), alpha=scale)
 
 
-@door
 def add(
     a: Tensor,
     a_scale: float,

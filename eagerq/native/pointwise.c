@@ -124,8 +124,9 @@ CLONES static void fake_block(const float *restrict x, float *restrict out, u8 *
     for (i64 i = 0; i < n; i += 8) mask[i / 8] = packed(inside + i);
 }
 
-EXPORT void eagerq_fake_quantize(const float *x, float *out, u8 *mask, i64 n, float inverse, float scale, float zero,
-                                 float low, float high) {
+EXPORT void eagerq_fake_quantize(const float *x, float *out, u8 *mask, i64 n, const float *scale_at,
+                                 const int32_t *zero_at, float low, float high) {
+    const float scale = *scale_at, inverse = 1.0f / scale, zero = (float)*zero_at;
 #pragma omp parallel for schedule(static) if (n > 2 * BLOCK)
     for (i64 block = 0; block < BLOCKS(n); block++) {
         i64 at = block * BLOCK;

@@ -1,0 +1,41 @@
+"""The formulas of training-time quantization, as pure functions of tensors.
+
+Nothing here reads a value back from an accelerator, so a training step never waits for one and the
+whole of it can be compiled (the CPU's short cuts are apart).  Per-tensor parameters have shape ``[1]``;
+per-channel ones ``[channels]``.
+"""
+
+from eagerq.functional.folding import fold_transposed
+from eagerq.functional.qparams import (
+    affine_qparams,
+    channel_shape,
+    dynamic_qparams,
+    float_qparams,
+    min_max,
+    moving_average,
+    symmetric_qparams,
+    training_qparams,
+)
+from eagerq.functional.rounding import fake_quantize, fake_quantize_learnable, training_integers
+from eagerq.functional.updating import can_update_natively, update_natively
+
+__all__ = [
+    # ranges and parameters
+    "affine_qparams",
+    "channel_shape",
+    "dynamic_qparams",
+    "float_qparams",
+    "min_max",
+    "moving_average",
+    "symmetric_qparams",
+    "training_qparams",
+    # folding
+    "fold_transposed",
+    # rounding
+    "fake_quantize",
+    "fake_quantize_learnable",
+    "training_integers",
+    # the CPU's short cut
+    "can_update_natively",
+    "update_natively",
+]

@@ -1,0 +1,6 @@
+"""Pointwise work in C, where a compiler was at hand when eagerq was installed."""
+
+from eagerq.native.library import available
+from eagerq.native.pointwise import add, fake_quantize, masked, max_pool, quantize, serves
+
+__all__ = ["add", "available", "fake_quantize", "masked", "max_pool", "quantize", "serves"]

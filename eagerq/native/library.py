@@ -1,0 +1,56 @@
+"""The C library: found beside this file, or not there."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+__all__ = ["LIBRARY", "Pair", "available"]
+
+
+class Pair(ctypes.Structure):
+    """What the sum of two quantized tensors is made with."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("a_signed", "b_signed")),
+        *((name, ctypes.c_float) for name in ("a_scale", "a_shift", "b_scale", "b_shift")),
+        *((name, ctypes.c_float) for name in ("factor", "zero", "low", "high")),
+    ]
+
+
+_POINTER, _COUNT, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES: dict[str, list[Any]] = {
+    "add": [_POINTER] * 3 + [_COUNT, ctypes.POINTER(Pair)],
+    "fake_quantize": [_POINTER] * 3 + [_COUNT] + [_POINTER] * 2 + [_REAL] * 2,
+    "masked": [_POINTER] * 3 + [_COUNT],
+    "max_pool": [_POINTER] * 2 + [_COUNT] * 6 + [_POINTER, _FLAG],
+    "quantize": [_POINTER] * 2 + [_COUNT] + [_REAL] * 4,
+}
+
+
+def _load() -> Any:
+    """The library; None where it was not built, does not load, or ``EAGERQ_NATIVE=0`` forbids it."""
+    if os.environ.get("EAGERQ_NATIVE") == "0":
+        return None
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_pointwise{suffix}")
+        if path.exists():
+            break
+    else:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:  # such as where torch brought no OpenMP runtime
+        return None
+    for name, signature in _SIGNATURES.items():
+        function = getattr(library, f"eagerq_{name}")
+        function.argtypes, function.restype = signature, None
+    return library
+
+
+LIBRARY: Any = _load()
+available: bool = LIBRARY is not None
+"""Whether the library is there; everything works without it, more slowly."""

@@ -1,0 +1,128 @@
+"""The C library's functions on tensors; each gives exactly what the plain formulas give."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eagerq.native.library import LIBRARY, Pair, available
+
+__all__ = ["add", "fake_quantize", "masked", "max_pool", "quantize", "serves"]
+
+_BYTES = (torch.uint8, torch.int8)
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether the values lie in memory without gaps, whatever their order."""
+    if x.is_contiguous():
+        return True
+    if x.dim() in _FORMATS:
+        return x.is_contiguous(memory_format=_FORMATS[x.dim()])
+    return x.dim() == 3 and x.transpose(1, 2).is_contiguous()
+
+
+def serves(x: Tensor) -> bool:
+    """Whether ``x`` can be read through its address: a plain, dense CPU tensor, seen eagerly."""
+    return (
+        available
+        and x.device.type == "cpu"
+        and type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and _dense(x)
+    )
+
+
+def add(
+    a: Tensor,
+    a_scale: float,
+    a_zero_point: int,
+    b: Tensor,
+    b_scale: float,
+    b_zero_point: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Any:
+    """As :func:`eagerq.kernels.add`, of two tensors of one shape and layout."""
+    if not (a.shape == b.shape and a.stride() == b.stride() and {a.dtype, b.dtype, dtype} <= {*_BYTES} and serves(a)):
+        return NotImplemented
+    out = torch.empty_like(a, dtype=dtype)
+    numbers = Pair(
+        *(a.dtype is torch.int8, b.dtype is torch.int8),
+        *(a_scale, -_product(a_scale, a_zero_point), b_scale, -_product(b_scale, b_zero_point)),
+        *(_inverse(scale), zero_point, low, high),
+    )
+    LIBRARY.eagerq_add(a.data_ptr(), b.data_ptr(), out.data_ptr(), a.numel(), ctypes.byref(numbers))
+    return out
+
+
+def _single(value: float) -> float:
+    return ctypes.c_float(value).value
+
+
+def _product(scale: float, zero_point: int) -> float:
+    return _single(_single(scale) * zero_point)
+
+
+def _inverse(scale: float) -> float:
+    return _single(1.0 / _single(scale))
+
+
+def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Any:
+    """As :func:`eagerq.kernels.quantize`."""
+    if x.dtype is not torch.float32 or dtype not in _BYTES or not serves(x):
+        return NotImplemented
+    out = torch.empty_like(x, dtype=dtype)
+    LIBRARY.eagerq_quantize(x.data_ptr(), out.data_ptr(), x.numel(), _inverse(scale), zero_point, low, high)
+    return out
+
+
+def max_pool(
+    x: Tensor,
+    taps: Sequence[int],
+    strides: Sequence[int],
+    pads: Sequence[int],
+    steps: Sequence[int],
+    size: Sequence[int],
+) -> Tensor:
+    """Largest integer of each window of ``[N, C, H, W]`` with channels last in memory; ``size`` of the result."""
+    out = torch.empty((*x.shape[:2], *size), dtype=x.dtype, memory_format=torch.channels_last)
+    window = (ctypes.c_int64 * 8)(*taps, *strides, *pads, *steps)
+    batch, channels, height, width = x.shape
+    LIBRARY.eagerq_max_pool(
+        x.data_ptr(), out.data_ptr(), batch, height, width, channels, *size, window, x.dtype is torch.int8
+    )
+    return out
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, mask: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``x`` (float32) rounded to the integers' values; and a bit for each value, whether it was inside the range.
+
+    Args:
+        scale: float32, one value; the C code reads it, so that no number has to reach Python.
+        zero_point: int32, one value.
+    """
+    out = torch.empty_like(x)
+    inside = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8) if mask else None
+    LIBRARY.eagerq_fake_quantize(
+        *(x.data_ptr(), out.data_ptr(), None if inside is None else inside.data_ptr(), x.numel()),
+        *(scale.data_ptr(), zero_point.data_ptr(), quant_min, quant_max),
+    )
+    return out, inside
+
+
+def masked(grad: Tensor, inside: Tensor) -> Tensor:
+    """``grad`` (float32) where the bit of ``inside`` is set, else zero."""
+    out = torch.empty_like(grad)
+    LIBRARY.eagerq_masked(grad.data_ptr(), inside.data_ptr(), out.data_ptr(), grad.numel())
+    return out

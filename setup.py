@@ -1,0 +1,21 @@
+"""The one thing that setup.cfg cannot say: an optional C library, left out where no compiler is."""
+
+import sys
+
+from setuptools import Extension, setup
+
+# Rounding is part of the result: nothing may be contracted or reordered. OpenMP's symbols are not linked, so
+# that they are found in the runtime that torch has loaded: a second one would fight it for the processors.
+GCC = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fopenmp"]
+
+setup(
+    ext_modules=[
+        Extension(
+            "eagerq.native._pointwise",
+            ["eagerq/native/pointwise.c"],
+            extra_compile_args=GCC if sys.platform == "linux" else [],
+            optional=True,
+            py_limited_api=True,  # it holds nothing of Python's, so one build serves every version
+        )
+    ]
+)
