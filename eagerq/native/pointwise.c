@@ -98,6 +98,7 @@ EXPORT void eagerq_max_pool(const u8 *x, u8 *out, i64 batch, i64 height, i64 wid
                         first = 0;
                     }
                 }
+                if (first) memset(to, is_signed ? 0x80 : 0, channels); /* nothing but padding */
             }
 }
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagerq import kernels
-from eagerq.functional import SMALLEST_TRAINING_SCALE
+from eagerq.functional.qparams import SMALLEST_TRAINING_SCALE
 from eagerq.kernels.reference import single
 from eagerq.pt2e import operators
 from eagerq.scheme import integer_type

@@ -1,0 +1,59 @@
+"""Everything works without the C library, with the same numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eagerq import native
+
+FLOW = """
+import torch
+from torch import nn
+import eagerq
+from eagerq import native
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 4))
+model = eagerq.QuantWrapper(model)
+model.qconfig = eagerq.get_default_qat_qconfig("onednn")
+eagerq.fuse_modules_qat(model, [["module.0", "module.1", "module.2"]], inplace=True)
+eagerq.prepare_qat(model, inplace=True)
+x = torch.randn(4, 3, 8, 8)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for _ in range(3):
+    loss = model(x).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+scores = eagerq.convert(model.eval(), as_trained=True)(x)
+print(native.available, loss.item(), scores.flatten().tolist())
+"""
+
+
+def answers(**environment: str) -> list[str]:
+    run = subprocess.run(
+        [sys.executable, "-c", FLOW], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return run.stdout.split(" ", 1)
+
+
+def test_the_flow_without_it() -> None:
+    there, numbers = answers()
+    assert there == str(native.available)
+    absent, same = answers(EAGERQ_NATIVE="0")
+    assert absent == "False"
+    assert same == numbers
+
+
+@pytest.mark.skipif(not native.available, reason="the C library was not built: no compiler at installation")
+def test_one_openmp_runtime() -> None:
+    """Torch's own serves the library, so that ``torch.set_num_threads`` holds for both."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    runtimes = {line.split()[-1] for line in lines if re.search(r"lib[gi]?omp", line)}
+    assert len(runtimes) <= 1

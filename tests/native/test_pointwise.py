@@ -1,0 +1,140 @@
+"""The C kernels give the plain formulas' very numbers, or decline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from eagerq import native
+from eagerq.functional import fake_quantize
+from eagerq.kernels import pooling, reference
+
+pytestmark = pytest.mark.skipif(not native.available, reason="the C library was not built: no compiler at installation")
+
+DTYPES = st.sampled_from([torch.uint8, torch.int8])
+# powers of two make ties
+SCALES = st.sampled_from([2.0**-k for k in range(-2, 9)]) | st.floats(1e-4, 10)
+# around the vector widths, and beyond where the work is split between threads
+COUNTS = st.sampled_from([0, 1, 7, 8, 9, 63, 64, 65, 8191, 8192, 8193, 40_000])
+SPECIAL = [float("inf"), float("-inf"), 0.0, -0.0, 1e-42, 3e38, -3e38]
+
+
+def limits(dtype: torch.dtype) -> tuple[int, int]:
+    info = torch.iinfo(dtype)
+    return info.min, info.max
+
+
+@st.composite
+def outputs(draw: st.DrawFn) -> tuple[float, int, torch.dtype, int, int]:
+    dtype = draw(DTYPES)
+    low, high = limits(dtype)
+    first, last = sorted((draw(st.integers(low, high)), draw(st.integers(low, high))))
+    return draw(SCALES), draw(st.integers(low, high)), dtype, first, last
+
+
+def integers(count: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator).view(dtype)
+
+
+def reals(count: int, seed: int, scale: float) -> Tensor:
+    """Normal values, values on ties, and special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, generator=generator) * 150 * scale
+    x[::3] = (x[::3] / scale).round() * scale + scale / 2
+    x[:: max(1, count // 7)][:7] = torch.tensor(SPECIAL)[: len(x[:: max(1, count // 7)][:7])]
+    return x
+
+
+@given(COUNTS, DTYPES, DTYPES, SCALES, SCALES, st.integers(-128, 255), st.integers(-128, 255), outputs())
+def test_add(
+    count: int, one: Any, other: Any, a_scale: float, b_scale: float, a_zero: int, b_zero: int, output: Any
+) -> None:
+    a, b = integers(count, one, 1), integers(count, other, 2)
+    arguments = (a, a_scale, a_zero, b, b_scale, b_zero, *output)
+    assert torch.equal(native.add(*arguments), reference.add(*arguments))
+
+
+@given(COUNTS, outputs(), st.integers(0, 5))
+def test_quantize(count: int, output: Any, seed: int) -> None:
+    x = reals(count, seed, output[0])
+    assert torch.equal(native.quantize(x, *output), reference.quantize(x, *output))
+
+
+def test_nan_as_the_reference_has_it() -> None:
+    x = torch.full((100,), float("nan"))
+    for dtype in (torch.uint8, torch.int8):
+        output = (0.5, 3, dtype, *limits(dtype))
+        assert torch.equal(native.quantize(x, *output), reference.quantize(x, *output))
+
+
+@given(COUNTS, SCALES, st.integers(0, 255), st.integers(0, 5), st.booleans())
+def test_fake_quantize_and_its_gradient(count: int, scale: float, zero_point: int, seed: int, wide: bool) -> None:
+    x = reals(count, seed, scale)
+    grad = torch.randn(count)
+    low, high = (0, 255) if wide else (3, 17)
+    qparams = torch.tensor([scale]), torch.tensor([min(max(zero_point, low), high)], dtype=torch.int32)
+    inverse = 1.0 / qparams[0]
+    steps = torch.round(x * inverse) + qparams[1]
+    wanted = (steps.clamp(low, high) - qparams[1]) * qparams[0]
+    inside = (steps >= low) & (steps <= high)
+    out, bits = native.fake_quantize(x, *qparams, low, high, mask=True)
+    assert torch.equal(out, wanted)
+    assert bits is not None
+    assert torch.equal(native.masked(grad, bits), torch.where(inside, grad, 0.0))
+    x.requires_grad_()
+    fake_quantize(x, *qparams, low, high).backward(grad)
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.where(inside, grad, 0.0))
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(3, 9), st.integers(3, 9)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.booleans(),
+    DTYPES,
+)
+def test_max_pool(shape: Any, taps: Any, stride: int, dilation: int, ceil_mode: bool, dtype: torch.dtype) -> None:
+    x = integers(torch.Size(shape).numel(), dtype, 3).reshape(shape)
+    padding = [tap // 2 for tap in taps]
+    if any(
+        length + 2 * pad < dilation * (tap - 1) + 1 for length, pad, tap in zip(shape[2:], padding, taps, strict=True)
+    ):
+        return
+    arguments = (taps, stride, padding, dilation, ceil_mode)
+    wanted = torch.nn.functional.max_pool2d(x.to(torch.float32), *arguments)
+    pooled = pooling.max_pool(x, *arguments)
+    assert torch.equal(pooled.to(torch.float32), wanted)
+    assert pooled.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_only_plain_dense_tensors() -> None:
+    x = torch.rand(2, 3, 4, 5)
+    assert native.serves(x)
+    assert native.serves(x.to(memory_format=torch.channels_last))
+    assert native.serves(torch.rand(2, 5, 3).transpose(1, 2))
+    assert not native.serves(x[:, :, ::2])
+    assert not native.serves(x.permute(0, 2, 1, 3))
+    assert not native.serves(x.to("meta"))
+    output = (0.1, 0, torch.uint8, 0, 255)
+    assert native.quantize(x[:, :, ::2], *output) is NotImplemented
+    assert native.quantize(x.double(), *output) is NotImplemented
+    q = x.to(torch.uint8)
+    assert native.add(q, 1.0, 0, q.transpose(0, 1), 1.0, 0, *output) is NotImplemented
+    assert native.add(q.int(), 1.0, 0, q.int(), 1.0, 0, *output) is NotImplemented
+
+
+def test_layout_stays() -> None:
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    output = (0.1, 100, torch.uint8, 0, 255)
+    q = native.quantize(x, *output)
+    assert q.stride() == x.stride()
+    assert torch.equal(q, reference.quantize(x, *output))
+    assert native.add(q, 0.1, 100, q, 0.1, 100, *output).stride() == x.stride()
