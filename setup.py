@@ -1,6 +1,7 @@
 """The one thing that setup.cfg cannot say: an optional C library, left out where no compiler is."""
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -11,8 +12,9 @@ GCC = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fv
 setup(
     ext_modules=[
         Extension(
-            "eagerq.native._pointwise",
-            ["eagerq/native/pointwise.c"],
+            "eagerq.native._kernels",
+            sorted(glob("eagerq/native/*.c")),
+            depends=["eagerq/native/common.h"],
             extra_compile_args=GCC if sys.platform == "linux" else [],
             optional=True,
             py_limited_api=True,  # it holds nothing of Python's, so one build serves every version

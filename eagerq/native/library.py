@@ -36,7 +36,7 @@ def _load() -> Any:
     if os.environ.get("EAGERQ_NATIVE") == "0":
         return None
     for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_pointwise{suffix}")
+        path = Path(__file__).with_name(f"_kernels{suffix}")
         if path.exists():
             break
     else:

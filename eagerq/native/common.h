@@ -1,0 +1,29 @@
+/* What the C files share: how they are built for several processors, and how work is split.
+ *
+ * Plain C: pointers and numbers in, nothing of torch, so that one build serves every release.
+ * Arithmetic is float32, rounded at each step as the plain formulas do (the build turns
+ * contraction off; fmaf stands where they fuse). The OpenMP runtime is whichever torch has loaded.
+ */
+#ifndef EAGERQ_COMMON_H
+#define EAGERQ_COMMON_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum { BLOCK = 8192 };
+typedef int64_t i64;
+typedef uint8_t u8;
+
+#define BLOCKS(n) (((n) + BLOCK - 1) / BLOCK)
+#define SPAN(block, n) ((n) - (block) * (i64)BLOCK < BLOCK ? (n) - (block) * (i64)BLOCK : BLOCK)
+
+#endif
