@@ -44,6 +44,10 @@ class Backend:
         """The model for inference on images in channels_last."""
         return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def deploy(self, model: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
+        """A converted model as it runs at its best on inputs such as this one."""
+        return model
+
 
 class Quantizing(Backend):
     """A library with the eager-mode interface: two differ in where names come from, and in little else."""
@@ -85,6 +89,32 @@ class Quantizing(Backend):
     def convert(self, model: nn.Module) -> nn.Module:
         converted: nn.Module = self._api.convert(model.eval(), **self._convert_options)
         return converted
+
+
+class Deployed(Backend):
+    """A converted model of another contender, run by something else."""
+
+    def __init__(
+        self, name: str, source: Backend, run: Callable[[nn.Module, Tensor], Callable[[Tensor], object]]
+    ) -> None:
+        self.name = name
+        self.QuantStub = source.QuantStub
+        self.DeQuantStub = source.DeQuantStub
+        self.FloatFunctional = source.FloatFunctional
+        self._source = source
+        self._run = run
+
+    def fuse(self, model: nn.Module) -> nn.Module:
+        return self._source.fuse(model)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return self._source.prepare(model)
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        return self._source.convert(model)
+
+    def deploy(self, model: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
+        return self._run(model, example)
 
 
 def engines() -> list[str]:

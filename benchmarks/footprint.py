@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .backends import Backend, contenders
-from .workloads import THREADS, classifier, inference, training_step
+from .workloads import THREADS, inference, training_step
 
 ROOT = Path(__file__).resolve().parent.parent
 _RESET = Path("/proc/self/clear_refs")
@@ -66,8 +66,8 @@ def _resident(backend: Backend, net: str) -> int:
     """What a process holds for a converted model that has run: weights, packed ones, kernels made."""
     _tidy()
     before = _status("RssAnon")
-    forward = inference(classifier(backend, net), batch=1)
-    forward()
+    for batch in (1, 8, 1):
+        inference(backend, net, batch)()
     _tidy()
     return _status("RssAnon") - before
 

@@ -13,6 +13,7 @@ Samples = dict[str, list[float]]
 """What each contender took, one figure a round: figures at the same place were taken side by side."""
 
 _TURN = 0.03  # seconds that a turn should last, so that neither the clock nor cold caches count
+_FEWEST = 3  # rounds that a row gets, whatever they take
 
 
 @contextmanager
@@ -49,11 +50,17 @@ def repeated(call: Callable[[], object]) -> Timed:
     return turn
 
 
-def interleave(subjects: Mapping[str, Timed], rounds: int) -> Samples:
-    """Let the subjects take turns: one unrecorded round, then ``rounds``, every other one backwards."""
+def interleave(subjects: Mapping[str, Timed], rounds: int, most: float = math.inf) -> Samples:
+    """Let the subjects take turns: one unrecorded round, then ``rounds``, every other one backwards.
+
+    Fewer, but not below a few, once they have taken ``most`` seconds.
+    """
     samples: Samples = {name: [] for name in subjects}
+    end = perf_counter() + most
     with _no_collection():
         for number in range(rounds + 1):
+            if number > _FEWEST and perf_counter() > end:
+                break
             for name in list(subjects)[:: -1 if number % 2 else 1]:
                 took = subjects[name]()
                 if number:

@@ -19,11 +19,22 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def training_step(backend: Backend, net: str, frozen: bool = False) -> Callable[[], None]:
-    """One SGD step, batch 8 of 3x128x128; ``frozen``: as late in training (the float step stays as it is)."""
+def training_step(
+    backend: Backend,
+    net: str,
+    frozen: bool = False,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Callable[[], None]:
+    """One SGD step, batch 8 of 3x128x128.
+
+    Args:
+        frozen: as late in training (the float step stays as it is).
+        layout: of the images and the weights.
+    """
     torch.manual_seed(0)
     model = backend.prepare(backend.fuse(NETS[net](backend)))
-    images, labels = torch.randn(8, 3, 128, 128), torch.randint(CLASSES, (8,))
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    images, labels = torch.randn(8, 3, 128, 128).contiguous(memory_format=layout), torch.randint(CLASSES, (8,))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def step() -> None:
@@ -53,12 +64,13 @@ def classifier(backend: Backend, net: str) -> nn.Module:
     return converted(backend, NETS[net], torch.randn(4, 3, 64, 64))
 
 
-def inference(model: nn.Module, batch: int) -> Callable[[], object]:
-    """One forward of a classifier on images of 224x224."""
+def inference(backend: Backend, net: str, batch: int) -> Callable[[], object]:
+    """One forward of a converted classifier on images of 224x224."""
     images = channels_last(torch.randn(batch, 3, 224, 224))
+    run = backend.deploy(classifier(backend, net), images)
 
     def forward() -> object:
         with torch.inference_mode():
-            return model(images)
+            return run(images)
 
     return forward
