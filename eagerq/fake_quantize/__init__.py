@@ -24,11 +24,8 @@ from eagerq.fake_quantize.modules import (
     FakeQuantizeBase,
     FixedQParamsFakeQuantize,
     FusedMovingAvgObsFakeQuantize,
-    disable_fake_quant,
-    disable_observer,
-    enable_fake_quant,
-    enable_observer,
 )
+from eagerq.fake_quantize.switches import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
 
 __all__ = [
     # classes

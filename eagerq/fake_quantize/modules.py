@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eagerq.checkpoint import UpgradingModule, bad_qparams
 from eagerq.errors import InvalidConfigError
@@ -24,6 +24,7 @@ from eagerq.functional import (
     training_qparams,
     update_natively,
 )
+from eagerq.kernels.training import averaged_qparams
 from eagerq.observer import (
     FixedQParamsObserver,
     MovingAverageMinMaxObserver,
@@ -33,16 +34,10 @@ from eagerq.observer.base import _WithArgs
 from eagerq.scheme import integer_type, sharing
 
 __all__ = [
-    # classes
     "FakeQuantize",
     "FakeQuantizeBase",
     "FixedQParamsFakeQuantize",
     "FusedMovingAvgObsFakeQuantize",
-    # switches, for nn.Module.apply
-    "disable_fake_quant",
-    "disable_observer",
-    "enable_fake_quant",
-    "enable_observer",
 ]
 
 
@@ -212,7 +207,8 @@ class FakeQuantize(FakeQuantizeBase):
         return qparams
 
     @torch.no_grad()
-    def _observe(self, x: Tensor) -> None:
+    def _observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Take ``x`` into account; the parameters to round it with."""
         self.activation_post_process(x.detach())
         scale, zero_point = self._training_qparams()
         if self.scale.shape == scale.shape:
@@ -221,19 +217,21 @@ class FakeQuantize(FakeQuantizeBase):
         else:  # the first batch tells how many channels there are
             self.scale = scale.to(self.scale)
             self.zero_point = zero_point.to(self.zero_point)
+        return self.scale, self.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
         """Float tensor of any shape to the same shape and dtype."""
         self._read_switches()
+        qparams = self.scale, self.zero_point
         if self._observer_on:
             if torch.compiler.is_compiling():
-                self._observe(x)
+                qparams = self._observe(x)
             else:  # what a first evaluation allocates has to serve the training that follows
                 with torch.inference_mode(self.scale.is_inference()):
-                    self._observe(x)
+                    qparams = self._observe(x)
         if self._fake_quant_on:
             axis = self.ch_axis if self.is_per_channel else None
-            x = fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max, axis)
+            x = fake_quantize(x, *qparams, self.quant_min, self.quant_max, axis)
         return x
 
     def extra_repr(self) -> str:
@@ -276,8 +274,8 @@ class FixedQParamsFakeQuantize(FakeQuantize):
             if prefix + name in state:
                 state.setdefault(f"{prefix}activation_post_process.{name}", state[prefix + name])
 
-    def _observe(self, x: Tensor) -> None:
-        return
+    def _observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point
 
 
 class FusedMovingAvgObsFakeQuantize(FakeQuantize):
@@ -317,13 +315,15 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
             )
         self.is_symmetric_quant = sharing(self.qscheme).symmetric
 
-    def _observe(self, x: Tensor) -> None:
+    def _observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
         observer = self.activation_post_process
         single = self.scale.dtype is observer.min_val.dtype is torch.float32
+        if single and torch.compiler.is_compiling() and self._observed_on_cpu(x):
+            return self._observe_by_operator(x)
         if not single or not can_update_natively(x):
             return super()._observe(x)
         if x.numel() == 0:
-            return None
+            return self.scale, self.zero_point
         low, high = min_max(x.detach(), self.ch_axis if self.is_per_channel else None)
         observer.check_channels(low)
         updated = update_natively(
@@ -340,7 +340,22 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         )
         if not updated:  # the formulas leave out only the channels concerned, and count
             super()._observe(x)
-        return None
+        return self.scale, self.zero_point
+
+    def _observed_on_cpu(self, x: Tensor) -> bool:
+        """Whether ``x`` can go through the CPU's operator: it needs buffers that have their size already."""
+        low = self.activation_post_process.min_val
+        return x.device.type == "cpu" and x.dtype is torch.float32 and low.numel() == self.scale.numel()
+
+    @torch.no_grad()
+    def _observe_by_operator(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        observer, axis = self.activation_post_process, self.ch_axis if self.is_per_channel else None
+        if axis is not None and x.shape[axis] != observer.min_val.numel():
+            observer.check_channels(x.new_empty(x.shape[axis]))
+        buffers = observer.min_val, observer.max_val, self.scale, self.zero_point, observer.nonfinite_batches
+        numbers = observer.averaging_constant, self.quant_min, self.quant_max, self.is_symmetric_quant
+        scale, zero_point = averaged_qparams(x.detach(), *buffers, *numbers, axis)
+        return scale, zero_point
 
     def _training_qparams(self) -> tuple[Tensor, Tensor]:
         observer = self.activation_post_process
@@ -363,27 +378,3 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         if isinstance(low, Tensor) and isinstance(high, Tensor) and low.shape == high.shape and low.numel():
             scale, zero_point = self._qparams_of(low, high)
             state[f"{prefix}scale"], state[f"{prefix}zero_point"] = scale, zero_point.to(self.zero_point.dtype)
-
-
-def disable_fake_quant(mod: nn.Module) -> None:
-    """Stop a fake quantizer from rounding; ``model.apply(eagerq.disable_fake_quant)``."""
-    if isinstance(mod, FakeQuantizeBase):
-        mod.disable_fake_quant()
-
-
-def enable_fake_quant(mod: nn.Module) -> None:
-    """Let a fake quantizer round again; ``model.apply(eagerq.enable_fake_quant)``."""
-    if isinstance(mod, FakeQuantizeBase):
-        mod.enable_fake_quant()
-
-
-def disable_observer(mod: nn.Module) -> None:
-    """Freeze a fake quantizer's statistics; ``model.apply(eagerq.disable_observer)``."""
-    if isinstance(mod, FakeQuantizeBase):
-        mod.disable_observer()
-
-
-def enable_observer(mod: nn.Module) -> None:
-    """Let a fake quantizer update its statistics again; ``model.apply(eagerq.enable_observer)``."""
-    if isinstance(mod, FakeQuantizeBase):
-        mod.enable_observer()

@@ -1,0 +1,82 @@
+"""The operators of compiled training: what the plain formulas give, and what torch asks of operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from eagerq.functional import training_qparams
+from eagerq.kernels.training import averaged_qparams
+from eagerq.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+
+SYMMETRIC, AFFINE = (-128, 127, True), (0, 255, False)
+
+
+def observed(x: Tensor, axis: int | None, numbers: tuple[int, int, bool]) -> tuple[Any, tuple[Tensor, ...]]:
+    """An observer that has seen ``x``, and the parameters that follow."""
+    dtype = torch.int8 if numbers[2] else torch.uint8
+    if axis is None:
+        observer: Any = MovingAverageMinMaxObserver(dtype=dtype)
+    else:
+        scheme = torch.per_channel_symmetric if numbers[2] else torch.per_channel_affine
+        observer = MovingAveragePerChannelMinMaxObserver(ch_axis=axis, dtype=dtype, qscheme=scheme)
+    observer(x)
+    return observer, training_qparams(observer.min_val, observer.max_val, *numbers)
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.sampled_from([None, 0, -1]),
+    st.sampled_from([SYMMETRIC, AFFINE]),
+    st.sampled_from([1.0, -3.0, 0.0, 1e-9, 1e6]),
+    st.sampled_from([None, torch.nan, torch.inf]),
+    st.integers(0, 2**16),
+)
+def test_updates_as_the_observer_does(
+    shape: list[int],
+    axis: int | None,
+    numbers: tuple[int, int, bool],
+    factor: float,
+    broken: float | None,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.rand(shape, generator=generator) - share for share in (0.3, 0.6))
+    second = second * factor
+    if broken is not None:
+        second.view(-1)[0] = broken
+    observer, (scale, zero_point) = observed(first, axis, numbers)
+    buffers = [value.clone() for value in (observer.min_val, observer.max_val)]
+    buffers += [scale, zero_point.int(), observer.nonfinite_batches.clone()]
+    returned: Any = averaged_qparams(second, *buffers, observer.averaging_constant, *numbers, axis)
+    observer(second)
+    expected = training_qparams(observer.min_val, observer.max_val, *numbers)
+    for value, wanted in zip(buffers[:2], (observer.min_val, observer.max_val), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-6, atol=0)
+    for value, copied, wanted in zip(buffers[2:4], returned, expected, strict=True):
+        assert torch.equal(value, copied)
+        assert value.data_ptr() != copied.data_ptr()
+        torch.testing.assert_close(value, wanted.to(value), rtol=1e-6, atol=0)
+    assert torch.equal(buffers[4], observer.nonfinite_batches)
+
+
+def test_leaves_an_empty_batch_out() -> None:
+    observer, (scale, zero_point) = observed(torch.rand(3, 4), None, AFFINE)
+    buffers = [observer.min_val, observer.max_val, scale, zero_point.int(), observer.nonfinite_batches]
+    before = [value.clone() for value in buffers]
+    averaged_qparams(torch.empty(0, 4), *buffers, 0.01, *AFFINE, None)
+    assert all(map(torch.equal, buffers, before))
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_is_a_sound_operator(axis: int | None) -> None:
+    numbers = AFFINE if axis is None else SYMMETRIC
+    observer, (scale, zero_point) = observed(torch.rand(3, 4) - 0.4, axis, numbers)
+    buffers = observer.min_val, observer.max_val, scale, zero_point.int(), observer.nonfinite_batches
+    arguments = torch.randn(3, 4), *buffers, observer.averaging_constant, *numbers, axis
+    torch.library.opcheck(torch.ops.eagerq.averaged_qparams.default, arguments)
