@@ -1,7 +1,7 @@
 """Look-ups in a table of integer rows: only the rows asked for become real numbers.
 
 The steps are plain torch, on any device, and a compiler fuses them; torch has no public operator that
-sums 8-bit rows.
+sums 8-bit rows, so that a CPU does it in C where it can.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eagerq import native
 from eagerq.kernels.dispatch import door
 
 __all__ = ["embedding", "embedding_bag", "pack_halves", "unpack_halves"]
@@ -64,6 +65,11 @@ def embedding(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor
         >>> embedding(torch.tensor([1]), table, torch.tensor([1.0, 0.5]), torch.tensor([0.0, 4.0]))
         tensor([[0., 1.]])
     """
+    if native.available and not torch.compiler.is_compiling():
+        found = native.embedding(indices, weight, scale, zero_point, columns)
+        if found is not NotImplemented:
+            rows: Tensor = found
+            return rows
     flat = indices.reshape(-1)
     rows = _centred(flat, weight, zero_point, columns).mul_(scale.index_select(0, flat)[:, None])
     return rows.reshape(*indices.shape, rows.shape[1])
@@ -101,6 +107,11 @@ def embedding_bag(
         offsets, include_last_offset = torch.arange(bags, device=indices.device) * length, False
         indices = indices.reshape(-1)
         per_sample_weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
+    if native.available and not torch.compiler.is_compiling():
+        how = (offsets, mode, per_sample_weights, include_last_offset, padding_idx, columns)
+        sums = native.embedding_bag(indices, weight, scale, zero_point, *how)
+        if sums is not NotImplemented:
+            return sums
     table = (weight, scale, zero_point, columns)
     count, width = indices.shape[0], weight.shape[1] if columns is None else columns
     if (

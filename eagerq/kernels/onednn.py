@@ -53,8 +53,13 @@ def _saturates() -> bool:
 
 
 def _too_big(x: Tensor) -> bool:
-    """Whether products of these integers could saturate; 7 bits (a reduced range) never do."""
-    return _saturates() and (x.dtype is torch.int8 or bool((x > 127).any()))
+    """Whether products of these bytes could saturate; 7 bits (a reduced range) never do."""
+    return _saturates() and bool((x > 127).any())
+
+
+def _unsigned(x: Tensor, zero_point: int) -> tuple[Tensor, int]:
+    """The same numbers in uint8: data and zero point are moved alike."""
+    return (x, zero_point) if x.dtype is torch.uint8 else (x.view(torch.uint8).bitwise_xor(128), zero_point + 128)
 
 
 # the clamps that the operators take as post-ops, by the dimension of their input
@@ -102,8 +107,10 @@ def linear(
         or weight_scale.numel() not in (1, weight.shape[0])
         or rows == 0
         or weight.numel() == 0
-        or _too_big(x)
     ):
+        return NotImplemented
+    x, x_zero_point = _unsigned(x, x_zero_point)  # processors without AMX have no fast code for signed ones
+    if _too_big(x):
         return NotImplemented
     packed = pack(weight, weight_zero_point, "linear", lambda: torch.ops.onednn.qlinear_prepack.default(weight, None))
     if packed is None:
@@ -144,8 +151,7 @@ def _every_window_sees_input(
 
 def as_bytes(x: Tensor, zero_point: int) -> tuple[Tensor, int] | None:
     """The same numbers as the convolutions want them: uint8, channels last; None where products could saturate."""
-    if x.dtype is torch.int8:  # move data and zero point alike
-        x, zero_point = x.view(torch.uint8).bitwise_xor(128), zero_point + 128
+    x, zero_point = _unsigned(x, zero_point)
     return None if _too_big(x) else (channels_last(x), zero_point)
 
 

@@ -24,11 +24,15 @@ class Pair(ctypes.Structure):
 _POINTER, _COUNT, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "add": [_POINTER] * 3 + [_COUNT, ctypes.POINTER(Pair)],
+    "embedding": [_POINTER] * 3,
+    "embedding_bag": [_POINTER] * 3 + [_COUNT, _POINTER, _COUNT, _FLAG, _POINTER],
     "fake_quantize": [_POINTER] * 3 + [_COUNT] + [_POINTER] * 2 + [_REAL] * 2,
     "masked": [_POINTER] * 3 + [_COUNT],
     "max_pool": [_POINTER] * 2 + [_COUNT] * 6 + [_POINTER, _FLAG],
     "quantize": [_POINTER] * 2 + [_COUNT] + [_REAL] * 4,
 }
+# those that tell whether they refused
+_ANSWERING = ("embedding", "embedding_bag")
 
 
 def _load() -> Any:
@@ -47,7 +51,7 @@ def _load() -> Any:
         return None
     for name, signature in _SIGNATURES.items():
         function = getattr(library, f"eagerq_{name}")
-        function.argtypes, function.restype = signature, None
+        function.argtypes, function.restype = signature, _FLAG if name in _ANSWERING else None
     return library
 
 
