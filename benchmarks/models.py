@@ -132,6 +132,12 @@ def chain(parts: Parts, layers: int) -> nn.Module:
     return nn.Sequential(parts.QuantStub(), *linears, parts.DeQuantStub())
 
 
+def conv_chain(parts: Parts, layers: int) -> nn.Module:
+    """The same of small 1x1 convolutions, each with its batch norm and ReLU."""
+    blocks = (conv_bn(CHAIN_WIDTH, CHAIN_WIDTH) for _ in range(layers))
+    return nn.Sequential(parts.QuantStub(), *blocks, parts.DeQuantStub())
+
+
 NETS: dict[str, Callable[[Parts], nn.Module]] = {"resnet18": resnet18, "mobilenet_v2": mobilenet_v2}
 
 

@@ -51,10 +51,18 @@ class Row:
     spread: float | None
     goals: tuple[Reached, ...]
     notes: dict[str, str] = field(default_factory=dict)
+    detail: bool = False
 
     @classmethod
     def of(
-        cls, section: str, name: str, unit: str, goals: Iterable[Goal], samples: Samples, notes: Mapping[str, str]
+        cls,
+        section: str,
+        name: str,
+        unit: str,
+        goals: Iterable[Goal],
+        samples: Samples,
+        notes: Mapping[str, str],
+        detail: bool = False,
     ) -> "Row":
         """Sum up the samples (in seconds, bytes, or plain numbers)."""
         scale = _SCALE[unit]
@@ -74,6 +82,7 @@ class Row:
             spread=max(figures[who] / best[who] - 1 for who in figures) if rounds > 1 else None,
             goals=tuple(_reached(goal, known.get(goal.figure)) for goal in goals),
             notes=dict(notes),
+            detail=detail,
         )
 
     @property

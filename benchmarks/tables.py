@@ -29,6 +29,8 @@ def markdown(environment: dict[str, Any], rows: Iterable[Row]) -> str:
     parts = [", ".join(f"{key} {value}" for key, value in environment.items())]
     sections: dict[str, list[Row]] = {}
     for row in rows:
+        if row.detail:
+            continue
         sections.setdefault(row.section, []).append(row)
     for section, members in sections.items():
         table = [_cells(row) for row in members]

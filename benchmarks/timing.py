@@ -50,15 +50,17 @@ def repeated(call: Callable[[], object]) -> Timed:
     return turn
 
 
-def interleave(subjects: Mapping[str, Timed], rounds: int, most: float = math.inf) -> Samples:
+def interleave(subjects: Mapping[str, Timed], rounds: int, most: float = math.inf, warm: bool = False) -> Samples:
     """Let the subjects take turns: one unrecorded round, then ``rounds``, every other one backwards.
 
-    Fewer, but not below a few, once they have taken ``most`` seconds.
+    Args:
+        most: fewer rounds, but not below a few, once they have taken so many seconds.
+        warm: each subject has run already: every round is recorded.
     """
     samples: Samples = {name: [] for name in subjects}
     end = perf_counter() + most
     with _no_collection():
-        for number in range(rounds + 1):
+        for number in range(int(warm), rounds + 1):
             if number > _FEWEST and perf_counter() > end:
                 break
             for name in list(subjects)[:: -1 if number % 2 else 1]:

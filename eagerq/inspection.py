@@ -104,7 +104,11 @@ def activation_is_memoryless(qconfig: Any) -> bool:
         >>> activation_is_memoryless(eagerq.default_dynamic_qat_qconfig)
         True
     """
-    activation = qconfig.activation()
+    return is_memoryless(qconfig.activation())
+
+
+def is_memoryless(activation: Any) -> bool:
+    """Whether an observer or fake quantizer knows the last batch only."""
     observer = getattr(activation, "activation_post_process", activation)
     return bool(getattr(observer, "averaging_constant", None) == 1)
 

@@ -15,7 +15,7 @@ from eagerq.fake_quantize import (
     default_fixed_qparams_range_0to1_fake_quant,
     default_fixed_qparams_range_neg1to1_fake_quant,
 )
-from eagerq.inspection import activation_is_memoryless
+from eagerq.inspection import is_memoryless
 from eagerq.nn.quantized.functional_modules import FloatFunctional
 from eagerq.observer import ObserverBase
 from eagerq.stubs import DeQuantStub
@@ -82,12 +82,13 @@ def attach_observer(module: nn.Module, device: torch.device | None = None) -> No
     config = getattr(module, "qconfig", None)
     if config is None or isinstance(module, DeQuantStub):
         return
-    observer = (fixed_range_observer(module) or config.activation)()
+    fixed = fixed_range_observer(module)
+    observer = (fixed or config.activation)()
     where = device_of(module) or device
     module.add_module(OBSERVER, observer.to(where) if where is not None else observer)
     if isinstance(module, FloatFunctional):
         return
-    if activation_is_memoryless(config):
+    if is_memoryless(config.activation() if fixed else observer):
         module.register_forward_pre_hook(InputObserverHook(), prepend=True)
     else:
         module.register_forward_hook(ObserverHook(), prepend=True)

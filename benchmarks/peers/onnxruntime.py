@@ -1,5 +1,6 @@
 """ONNX Runtime, on the ONNX file that ``eagerq.pt2e`` makes of the same int8 model."""
 
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ def _deploy(model: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter and onnxscript about themselves
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         path = Path(folder, "model.onnx")
         torch.onnx.export(
             program, (), path, dynamo=True, verbose=False, custom_translation_table=translations(), external_data=False

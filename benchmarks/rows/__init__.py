@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from . import inference, model, training
+from . import growth, inference, model, training
 from .base import Benchmark, Setup
 
 __all__ = ["Benchmark", "Setup", "everything"]
@@ -13,3 +13,4 @@ def everything() -> Iterator[Benchmark]:
     yield from training.benchmarks()
     yield from inference.benchmarks()
     yield from model.benchmarks()
+    yield from growth.benchmarks()

@@ -64,7 +64,7 @@ class Setup:
                 self.notes[name] = failure(error)
             else:
                 subjects[name] = subject
-        return interleave(subjects, min(rounds or self.repeats, self.repeats), self.seconds)
+        return interleave(subjects, min(rounds or self.repeats, self.repeats), self.seconds, warm=True)
 
 
 def failure(error: Exception) -> str:
@@ -79,6 +79,7 @@ class Benchmark:
     Attributes:
         extra: too slow for every run: measured when asked for by name, or with ``--all``.
         cuda: measured where there is a GPU.
+        detail: left out of the Markdown that the README shows.
     """
 
     section: str
@@ -88,6 +89,7 @@ class Benchmark:
     measure: Callable[[Setup], Samples]
     extra: bool = False
     cuda: bool = False
+    detail: bool = False
 
     def run(self, setup: Setup) -> Row:
         """Measure it; an error is the row's own affair."""
@@ -101,4 +103,4 @@ class Benchmark:
             except Exception as error:  # the other rows go on
                 setup.notes["eagerq"] = failure(error)
         goals = self.goal if isinstance(self.goal, tuple) else (self.goal,)
-        return Row.of(self.section, self.name, self.unit, goals, samples, dict(setup.notes))
+        return Row.of(self.section, self.name, self.unit, goals, samples, dict(setup.notes), self.detail)

@@ -3,8 +3,8 @@
 import io
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Iterator
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -12,18 +12,16 @@ from torch import nn
 
 from ..backends import Backend
 from ..footprint import ROOT
-from ..models import CHAIN_WIDTH, NETS, Parts, chain
+from ..models import NETS
 from ..report import Goal
-from ..timing import Samples, Timed, interleave, seconds
+from ..timing import Samples, Timed, seconds
 from ..workloads import classifier
 from .base import Benchmark, Setup
 from .training import footprints
 
 SECTION = "The converted model, and the way there"
 _WAY = "prepare_qat + convert"
-CHAINS = (10, 100, 1000)
 _FEW = 5  # rounds that are enough where a round is long and steady
-_LINEAR = 1.5  # what still counts as linear in the number of layers: were it quadratic, this would be 10
 
 
 def _checkpoint(net: str, setup: Setup) -> Samples:
@@ -39,9 +37,9 @@ def _checkpoint(net: str, setup: Setup) -> Samples:
     return sizes
 
 
-def _way(backend: Backend, net: Callable[[Parts], nn.Module], example: torch.Tensor) -> Timed:
+def _way(backend: Backend, net: str, example: torch.Tensor) -> Timed:
     """prepare_qat and convert, each leaving its input as it was; the forward between them is not counted."""
-    fused = backend.fuse(net(backend))
+    fused = backend.fuse(NETS[net](backend))
 
     def way() -> float:
         start = perf_counter()
@@ -54,20 +52,10 @@ def _way(backend: Backend, net: Callable[[Parts], nn.Module], example: torch.Ten
     return way
 
 
-def _ways(net: Callable[[Parts], nn.Module], example: torch.Tensor, setup: Setup) -> Samples:
-    subjects = {name: _way(backend, net, example) for name, backend in setup.quantizing.items()}
-    return interleave(subjects, min(setup.repeats, _FEW))
-
-
-@cache
-def _chain(layers: int, setup: Setup) -> Samples:
-    return _ways(partial(chain, layers=layers), torch.randn(2, CHAIN_WIDTH), setup)
-
-
-def _growth(setup: Setup) -> Samples:
-    """What a layer of the longest chain costs, as a multiple of what it costs in a tenth of the chain."""
-    long, short = _chain(CHAINS[-1], setup), _chain(CHAINS[-1] // 10, setup)
-    return {name: [a / b / 10 for a, b in zip(long[name], short[name], strict=True)] for name in long}
+def _ways(net: str, setup: Setup) -> Samples:
+    example = torch.randn(2, 3, 64, 64)
+    makers = {name: partial(_way, backend, net, example) for name, backend in setup.quantizing.items()}
+    return setup.interleave(makers, _FEW)
 
 
 def _import(setup: Setup) -> Samples:
@@ -78,7 +66,7 @@ def _import(setup: Setup) -> Samples:
         command = [sys.executable, "-c", code]
         return float(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
-    return interleave({"eagerq": once}, min(setup.repeats, _FEW))
+    return setup.interleave({"eagerq": lambda: once}, _FEW)
 
 
 def benchmarks() -> Iterator[Benchmark]:
@@ -89,10 +77,6 @@ def benchmarks() -> Iterator[Benchmark]:
         yield Benchmark(SECTION, f"checkpoint size {net}", "MB", goal, partial(_checkpoint, net))
     for net in NETS:
         yield Benchmark(SECTION, f"resident memory of int8 {net}", "MB", no_worse, partial(footprints, "resident", net))
-    images = torch.randn(2, 3, 64, 64)
-    yield Benchmark(SECTION, f"{_WAY} resnet18", "ms", no_worse, partial(_ways, NETS["resnet18"], images))
-    for layers in CHAINS:
-        yield Benchmark(SECTION, f"{_WAY} {layers} layers", "ms", no_worse, partial(_chain, layers))
-    name = f"{_WAY} per layer: {CHAINS[-1]} ÷ {CHAINS[-1] // 10}"
-    yield Benchmark(SECTION, name, "×", Goal("eagerq", _LINEAR), _growth)
+    for net in NETS:
+        yield Benchmark(SECTION, f"{_WAY} {net}", "ms", no_worse, partial(_ways, net))
     yield Benchmark(SECTION, "import eagerq over torch", "ms", Goal("eagerq", 300), _import)

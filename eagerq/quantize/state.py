@@ -68,8 +68,9 @@ class StateCheck:
         optional = {dot + name for dot, module in modules.items() for name in module._optional_state}
         kept = {dot + name for dot, module in modules.items() for name in module._kept_state}
         resizable = {dot + name for dot, module in modules.items() for name in module._resizable}
-        missing = [key for key in own if key not in state_dict and key not in optional | kept]
-        extra = [key for key in map(str, state_dict) if key.startswith(prefix) and key not in {*own, *optional}]
+        needless, known = optional | kept, own.keys() | optional
+        missing = [key for key in own if key not in state_dict and key not in needless]
+        extra = [key for key in map(str, state_dict) if key.startswith(prefix) and key not in known]
         if strict and missing:
             found.append(f"it lacks {_listed(missing)}")
         if strict and extra:

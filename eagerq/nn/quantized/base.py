@@ -105,8 +105,8 @@ def quantize_weight(
     Raises:
         InvalidConfigError: for a weight observer whose dtype is not signed, if it must be.
     """
-    observer = copy.deepcopy(observer)
-    if not (as_trained and isinstance(observer, FakeQuantizeBase) and _has_seen_data(observer)) and refresh:
+    if refresh and not (as_trained and isinstance(observer, FakeQuantizeBase) and _has_seen_data(observer)):
+        observer = copy.deepcopy(observer)
         observer(weight)
     kind, shared = integer_type(observer.dtype), sharing(observer.qscheme)
     if signed and not kind.signed and not shared.float_zero_point:
