@@ -6,13 +6,15 @@ the tensor's own.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eagerq import kernels
+from eagerq import kernels, native
+from eagerq.kernels.dispatch import dialect
 from eagerq.qtensor import QTensor
 from eagerq.qtensor_ops import _handle, _named, _per_tensor
 from eagerq.scheme import integer_type
@@ -117,5 +119,25 @@ def _requantized(func: Any) -> Any:
     return handler
 
 
-for _func in (F.gelu, *_named("std")):
+for _func in _named("std"):
     _handle(_func)(_requantized(_func))
+
+_computed_gelu = _requantized(F.gelu)
+
+
+@lru_cache(maxsize=256)
+def _gelu_table(dtype: torch.dtype, scale: float, zero_point: int, approximate: str) -> Tensor:
+    every = torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype)
+    table: Tensor = _computed_gelu(QTensor(every, scale, zero_point), approximate=approximate).integers
+    return table
+
+
+@_handle(F.gelu)
+def _gelu(x: QTensor, approximate: str = "none") -> QTensor:
+    _per_tensor(x, F.gelu)
+    integers = x.integers
+    if dialect() or not (integers.element_size() == 1 and native.serves(integers)):
+        computed: QTensor = _computed_gelu(x, approximate=approximate)
+        return computed
+    table = _gelu_table(integers.dtype, x.scale, x.zero_point, approximate)
+    return x.like(native.look_up(integers, table))

@@ -1,7 +1,18 @@
 """The doors to integer arithmetic: plain tensors in, plain tensors out, the fastest exact way."""
 
 from eagerq.kernels.activation import pointwise, prelu
-from eagerq.kernels.doors import add, add_scalar, cat, conv, conv_transpose, linear, matmul, mul_scalar, quantize
+from eagerq.kernels.doors import (
+    add,
+    add_scalar,
+    cat,
+    conv,
+    conv_transpose,
+    dequantize,
+    linear,
+    matmul,
+    mul_scalar,
+    quantize,
+)
 from eagerq.kernels.dynamic import (
     conv_dynamic,
     conv_transpose_dynamic,
@@ -12,7 +23,6 @@ from eagerq.kernels.dynamic import (
 from eagerq.kernels.embedding import embedding, embedding_bag, pack_halves, unpack_halves
 from eagerq.kernels.normalization import batch_norm, group_norm, layer_norm
 from eagerq.kernels.reference import (
-    dequantize,
     dequantize_per_channel,
     mul,
     quantize_per_channel,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagerq import native
 from eagerq.functional import channel_shape
 from eagerq.kernels.dispatch import Kernel
 from eagerq.kernels.reference import reciprocal, requantized, scaled, single
@@ -100,9 +101,18 @@ def _pointwise(
     call = (function, tuple(arguments), x_scale, x_zero_point, scale, zero_point, dtype, low, high)
     if x.element_size() > 1 or type(x) is not Tensor:  # a fake tensor's table must not stay
         return _formula(x, *call)
+    return look_up(x, _table(x.device, x.dtype, *call))
+
+
+def look_up(x: Tensor, table: Tensor) -> Tensor:
+    """The answer for each integer of 8 bits, of which ``table`` has 256, the first for the byte 0."""
+    found = native.look_up(x, table) if table.element_size() == 1 else NotImplemented
+    if found is not NotImplemented:
+        answers: Tensor = found
+        return answers
     index = x.view(torch.uint8).to(torch.int32)  # dense, so that it can be read in the order of its memory
-    found = _table(x.device, x.dtype, *call).index_select(0, index.as_strided((index.numel(),), (1,)))
-    return found.as_strided(index.shape, index.stride())
+    answers = table.index_select(0, index.as_strided((index.numel(),), (1,)))
+    return answers.as_strided(index.shape, index.stride())
 
 
 def _prelu(

@@ -12,7 +12,18 @@ from eagerq import native
 from eagerq.kernels import onednn, reference, transposed
 from eagerq.kernels.dispatch import Kernel, door
 
-__all__ = ["add", "add_scalar", "cat", "conv", "conv_transpose", "linear", "matmul", "mul_scalar", "quantize"]
+__all__ = [
+    "add",
+    "add_scalar",
+    "cat",
+    "conv",
+    "conv_transpose",
+    "dequantize",
+    "linear",
+    "matmul",
+    "mul_scalar",
+    "quantize",
+]
 
 _X = "Tensor x, float x_scale, int x_zero_point"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_zero_point, Tensor? bias"
@@ -113,6 +124,17 @@ if onednn.available():
 
 
 @door
+def dequantize(q: Tensor, scale: float, zero_point: int) -> Tensor:
+    """``(q - zero_point)·scale`` in float32."""
+    if native.available and not torch.compiler.is_compiling():
+        real = native.dequantize(q, scale, zero_point)
+        if real is not NotImplemented:
+            values: Tensor = real
+            return values
+    return reference.dequantize(q, scale, zero_point)
+
+
+@door
 def cat(
     tensors: Sequence[Tensor],
     scales: Sequence[float],
@@ -134,6 +156,16 @@ def cat(
     return torch.cat(parts, dim)
 
 
+def _farthest(dtype: torch.dtype, zero_point: int) -> int:
+    """How far integers of a dtype can be from the zero point."""
+    info = torch.iinfo(dtype)
+    return max(zero_point - info.min, info.max - zero_point)
+
+
+def _autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 @door
 def matmul(
     a: Tensor,
@@ -149,7 +181,10 @@ def matmul(
     high: int,
 ) -> Tensor:
     """``a @ b`` of two quantized tensors, requantized."""
-    product = (a.double().sub_(a_zero_point) @ b.double().sub_(b_zero_point)).to(torch.float32)
+    largest = a.shape[-1] * _farthest(a.dtype, a_zero_point) * _farthest(b.dtype, b_zero_point)
+    # float32 has every integer up to there, whatever the order of the sum; autocast would have fewer of them
+    wide = torch.float32 if largest <= 2**24 and not _autocast(a.device.type) else torch.float64
+    product = (a.to(wide).sub_(a_zero_point) @ b.to(wide).sub_(b_zero_point)).to(torch.float32)
     real = product.mul_(reference.single(reference.single(a_scale) * reference.single(b_scale)))
     return quantize(real, scale, zero_point, dtype, low, high)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eagerq import native
 from eagerq.functional import dynamic_qparams
 from eagerq.kernels import doors, reference
 from eagerq.kernels.dispatch import Kernel, door
@@ -47,7 +48,13 @@ def _by_tensors(x: Tensor, reduce_range: bool) -> tuple[Tensor, Any, Any]:
 def _by_numbers(x: Tensor, reduce_range: bool) -> tuple[Tensor, float, int] | None:
     """As :func:`_by_tensors`, with Python numbers for the doors; None where the range is not finite."""
     x = x.detach().float()
-    if _NATIVE is None or x.numel() == 0:
+    if x.numel() == 0:
+        return None
+    if native.available:
+        found = native.quantize_dynamic(x, 127 if reduce_range else 255)
+        if found is not None:
+            return found
+    if _NATIVE is None:
         return None
     extremes = torch.stack(torch.aminmax(x))
     if not all(map(math.isfinite, extremes.tolist())):

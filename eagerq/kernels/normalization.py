@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eagerq import native
 from eagerq.functional import channel_shape
 from eagerq.kernels import onednn
 from eagerq.kernels.dispatch import Kernel
@@ -239,6 +240,10 @@ batch_norm = Kernel(
     _batch_norm,
     _fake_batch_norm,
 )
+
+
+if native.available:
+    layer_norm.register("cpu", native.layer_norm)
 
 
 def _onednn_batch_norm(

@@ -1,17 +1,22 @@
 """Work in C, where a compiler was at hand when eagerq was installed."""
 
 from eagerq.native.embedding import embedding, embedding_bag
+from eagerq.native.layers import dequantize, layer_norm, look_up, quantize_dynamic
 from eagerq.native.library import available
 from eagerq.native.pointwise import add, fake_quantize, masked, max_pool, quantize, serves
 
 __all__ = [
     "add",
     "available",
+    "dequantize",
     "embedding",
     "embedding_bag",
     "fake_quantize",
+    "layer_norm",
+    "look_up",
     "masked",
     "max_pool",
     "quantize",
+    "quantize_dynamic",
     "serves",
 ]

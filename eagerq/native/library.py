@@ -24,15 +24,19 @@ class Pair(ctypes.Structure):
 _POINTER, _COUNT, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "add": [_POINTER] * 3 + [_COUNT, ctypes.POINTER(Pair)],
+    "dequantize": [_POINTER] * 2 + [_COUNT] + [_REAL] * 2 + [_FLAG],
     "embedding": [_POINTER] * 3,
     "embedding_bag": [_POINTER] * 3 + [_COUNT, _POINTER, _COUNT, _FLAG, _POINTER],
     "fake_quantize": [_POINTER] * 3 + [_COUNT] + [_POINTER] * 2 + [_REAL] * 2,
+    "layer_norm": [_POINTER] * 2 + [_COUNT, _POINTER],
+    "look_up": [_POINTER] * 3 + [_COUNT],
     "masked": [_POINTER] * 3 + [_COUNT],
     "max_pool": [_POINTER] * 2 + [_COUNT] * 6 + [_POINTER, _FLAG],
     "quantize": [_POINTER] * 2 + [_COUNT] + [_REAL] * 4,
+    "quantize_dynamic": [_POINTER] * 2 + [_COUNT, _FLAG] + [_POINTER] * 2,
 }
 # those that tell whether they refused
-_ANSWERING = ("embedding", "embedding_bag")
+_ANSWERING = ("embedding", "embedding_bag", "quantize_dynamic")
 
 
 def _load() -> Any:
