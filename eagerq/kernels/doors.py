@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eagerq import native
-from eagerq.kernels import onednn, reference, transposed
+from eagerq.kernels import native_conv, onednn, reference, transposed
 from eagerq.kernels.dispatch import Kernel, door
 
 __all__ = [
@@ -117,6 +117,8 @@ conv_transpose = Kernel(
 if native.available:
     add.register("cpu", native.add)
     quantize.register("cpu", native.quantize)
+if native.conv_ready():
+    conv.register("cpu", native_conv.conv)
 if onednn.available():
     linear.register("cpu", onednn.linear)
     conv.register("cpu", onednn.conv)

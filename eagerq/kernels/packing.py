@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Packed", "pack"]
+__all__ = ["Packed", "kept", "pack"]
+
+_Form = TypeVar("_Form")
 
 
 class Packed(NamedTuple):
@@ -43,7 +45,7 @@ class _Entry(NamedTuple):
     alive: weakref.ref[Tensor]
     zero_point: Tensor
     versions: tuple[int, int]
-    layouts: list[tuple[Any, Packed | None]]  # by key, the newest first
+    layouts: list[tuple[Any, Any]]  # by key, the newest first
 
 
 # for one weight: its layer may run in several places, or on single images of several sizes
@@ -75,8 +77,13 @@ def pack(weight: Tensor, zero_point: Tensor, key: Any, make: Callable[[], Tensor
     Returns:
         None when too many zero points are not zero for the backend to be of use.
     """
+    return kept(weight, zero_point, key, lambda: _make(zero_point, make))
+
+
+def kept(weight: Tensor, zero_point: Tensor, key: Any, make: Callable[[], _Form]) -> _Form:
+    """What ``make`` gives, kept for ``key`` as long as neither tensor changes."""
     if weight.is_inference() or zero_point.is_inference():  # has no version to tell a change by
-        return _make(zero_point, make)
+        return make()
     number, versions = id(weight), (weight._version, zero_point._version)
     entry = _entries.get(number)
     if entry is None or entry.alive() is not weight or entry.zero_point is not zero_point or entry.versions != versions:
@@ -88,6 +95,6 @@ def pack(weight: Tensor, zero_point: Tensor, key: Any, make: Callable[[], Tensor
     for known, packed in entry.layouts:
         if known == key:
             return packed
-    made = _make(zero_point, make)
+    made = make()
     entry.layouts[:] = [(key, made), *entry.layouts[: MOST_LAYOUTS - 1]]
     return made

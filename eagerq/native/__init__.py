@@ -1,13 +1,17 @@
 """Work in C, where a compiler was at hand when eagerq was installed."""
 
+from eagerq.native.conv import PackedConv, conv, conv_ready
 from eagerq.native.embedding import embedding, embedding_bag
 from eagerq.native.layers import dequantize, layer_norm, look_up, quantize_dynamic
 from eagerq.native.library import available
 from eagerq.native.pointwise import add, fake_quantize, masked, max_pool, quantize, serves
 
 __all__ = [
+    "PackedConv",
     "add",
     "available",
+    "conv",
+    "conv_ready",
     "dequantize",
     "embedding",
     "embedding_bag",

@@ -8,7 +8,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LIBRARY", "Pair", "available"]
+__all__ = ["LIBRARY", "Conv", "Layer", "Pair", "available"]
 
 
 class Pair(ctypes.Structure):
@@ -21,12 +21,31 @@ class Pair(ctypes.Structure):
     ]
 
 
+class Conv(ctypes.Structure):
+    """The sizes and numbers of a call of a convolution."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "height", "width", "outputs", "rows", "columns")),
+        *((f"{name}_{axis}", ctypes.c_int64) for name in ("taps", "every", "pad", "step") for axis in "yx"),
+        *((name, ctypes.c_int32) for name in ("x_zero", "is_signed", "to_signed")),
+        *((name, ctypes.c_float) for name in ("x_scale", "inverse", "zero", "low", "high")),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """Where a convolution's parameters lie."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "sums", "zeros", "scale", "bias")]
+
+
 _POINTER, _COUNT, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "add": [_POINTER] * 3 + [_COUNT, ctypes.POINTER(Pair)],
     "dequantize": [_POINTER] * 2 + [_COUNT] + [_REAL] * 2 + [_FLAG],
     "embedding": [_POINTER] * 3,
     "embedding_bag": [_POINTER] * 3 + [_COUNT, _POINTER, _COUNT, _FLAG, _POINTER],
+    "conv": [_POINTER] * 4,
+    "depthwise": [_POINTER] * 4,
     "fake_quantize": [_POINTER] * 3 + [_COUNT] + [_POINTER] * 2 + [_REAL] * 2,
     "layer_norm": [_POINTER] * 2 + [_COUNT, _POINTER],
     "look_up": [_POINTER] * 3 + [_COUNT],

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +26,14 @@ from eagerq.nn import quantized as nnq
 pytestmark = pytest.mark.skipif(
     not onednn.available() or onednn._saturates(), reason="needs oneDNN on a processor with VNNI"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_kernel_before() -> Iterator[None]:
+    """The doors without kernels that would be asked before oneDNN's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kernels.conv._fast, "cpu", [onednn.conv])
+        yield
 
 
 def assert_fast_and_equal(fast: Callable[..., Any], slow: Callable[..., Tensor], call: Call) -> None:

@@ -1,0 +1,116 @@
+"""Convolutions in C, for processors that multiply bytes four at a time (AVX-512 VNNI)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eagerq.native.library import LIBRARY, Conv, Layer
+
+__all__ = ["PackedConv", "conv", "conv_ready"]
+
+_LANES, _WIDEST = 16, 4  # int32 sums to a vector; vectors to a block of outputs
+
+
+@lru_cache(maxsize=1)
+def conv_ready() -> bool:
+    """Whether the library is there and the processor has the instructions."""
+    return LIBRARY is not None and bool(LIBRARY.eagerq_conv_ready())
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """``[out, in, y, x]`` as blocks of outputs; in each, four bytes of a row of the window for each output."""
+    rows = weight.permute(0, 2, 3, 1).flatten(2)
+    vectors = -(-len(weight) // _LANES)
+    whole = F.pad(rows, (0, -rows.shape[2] % 4, 0, 0, 0, vectors * _LANES - len(weight)))
+    fours = whole.reshape(vectors, _LANES, -1, 4).transpose(1, 2)  # [vectors, fours, lanes, 4]
+    blocks = -(-vectors // _WIDEST)
+    ends = [number * vectors // blocks for number in range(blocks + 1)]
+    return torch.cat([fours[a:b].transpose(0, 1).flatten() for a, b in pairwise(ends)])
+
+
+def _blocks_of_64(values: Tensor) -> Tensor:
+    """``[channels, …]`` to ``[blocks, 4 vectors, 16 lanes, …]``, in the order that interleaving gives."""
+    channels = len(values)
+    blocks = -(-channels // 64)
+    each = -(-channels // blocks)
+    each += -each % 16
+    rest = (0, 0) * (values.dim() - 1)
+    whole = F.pad(values, (*rest, 0, blocks * each - channels)).unflatten(0, (blocks, each))
+    whole = F.pad(whole, (*rest, 0, 64 - each))
+    # of each 16 channels, four go to each vector
+    return whole.unflatten(1, (4, 4, 4)).transpose(1, 2).flatten(2, 3)
+
+
+def _vectors(values: Tensor) -> Tensor:
+    return F.pad(values, (0, -len(values) % _LANES))
+
+
+class PackedConv:
+    """A layer's parameters as the C code reads them, kept alive with what they were made from.
+
+    Args:
+        weight: int8 ``[out, in, y, x]``.
+        scale, zero_point: ``[1]`` or ``[out]``.
+        bias: ``[out]`` or None.
+        depthwise: whether each output sees the input of its number alone.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, depthwise: bool) -> None:
+        outputs = len(weight)
+        self.source = (scale, bias)
+        self.depthwise = depthwise
+        if depthwise:
+            taps = F.pad(weight[:, 0], (0, 0, 0, -weight.shape[2] % 4)).unflatten(1, (-1, 4))
+            packed = _blocks_of_64(taps.transpose(2, 3)).permute(0, 3, 4, 1, 2, 5)
+        else:
+            packed = _dense(weight)
+        each = _blocks_of_64 if depthwise else _vectors
+        sums = each(weight.sum((1, 2, 3), dtype=torch.int32))
+        zeros = each(zero_point.expand(outputs)) if bool(zero_point.any()) else None
+        real = [each(scale.expand(outputs)), each(torch.zeros(outputs) if bias is None else bias)]
+        self._kept = [None if one is None else one.contiguous() for one in (packed, sums, zeros, *real)]
+        self.layer = Layer(*(None if one is None else one.data_ptr() for one in self._kept))
+        self.address = ctypes.addressof(self.layer)
+
+
+@lru_cache(maxsize=1024)
+def _call(*numbers: float) -> Conv:
+    return Conv(*numbers)
+
+
+def conv(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    packed: PackedConv,
+    sizes: Sequence[int],
+    how: Sequence[int],
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """The convolution of :func:`eagerq.kernels.reference.conv`, of dense ``[N, C, H, W]`` with the channels last.
+
+    Args:
+        sizes: of the result, ``[N, out, H, W]``.
+        how: taps, strides, padding and dilation, vertical and horizontal.
+    """
+    signed = x.dtype is torch.int8
+    numbers = _call(
+        *(*x.shape, *sizes[1:], *how),
+        *(x_zero_point + 128 if signed else x_zero_point, signed, dtype is torch.int8),
+        *(x_scale, 1.0 / ctypes.c_float(scale).value, zero_point, low, high),
+    )
+    out = torch.empty(sizes, dtype=dtype, memory_format=torch.channels_last)
+    call = LIBRARY.eagerq_depthwise if packed.depthwise else LIBRARY.eagerq_conv
+    call(x.data_ptr(), out.data_ptr(), packed.address, ctypes.byref(numbers))
+    return out
