@@ -82,7 +82,9 @@ def main() -> int:
     torch.set_num_threads(THREADS)
     environment = _environment(arguments.engine)
     peers = {} if arguments.no_peers else found(quick=arguments.quick)
-    setup = Setup(contenders(arguments.engine), arguments.engine, arguments.repeats, arguments.seconds, peers)
+    setup = Setup(
+        contenders(arguments.engine), arguments.engine, arguments.repeats, arguments.seconds, arguments.quick, peers
+    )
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
     done: list[Row] = []
     for benchmark in _chosen(rows, arguments.only, arguments.all):

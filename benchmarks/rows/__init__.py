@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from . import growth, inference, model, training
+from . import accuracy, gpu, growth, inference, model, training
 from .base import Benchmark, Setup
 
 __all__ = ["Benchmark", "Setup", "everything"]
@@ -14,3 +14,5 @@ def everything() -> Iterator[Benchmark]:
     yield from inference.benchmarks()
     yield from model.benchmarks()
     yield from growth.benchmarks()
+    yield from accuracy.benchmarks()
+    yield from gpu.benchmarks()

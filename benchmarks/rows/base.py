@@ -21,6 +21,7 @@ class Setup:
         engine: torch.ao's.
         repeats: rounds for a row.
         seconds: after which a row ends early.
+        quick: a rough look is enough.
         peers: other libraries, by what they can do; a text where one takes no part, and why.
         notes: why a contender has no figure in the row being measured.
     """
@@ -29,6 +30,7 @@ class Setup:
     engine: str
     repeats: int
     seconds: float = 10.0
+    quick: bool = False
     peers: Mapping[str, Mapping[str, Peer | str]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
