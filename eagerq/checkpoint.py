@@ -8,7 +8,7 @@ that torch is about to delete: where quantized tensors are gone, there is none t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Container, Iterator, Mapping, MutableMapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,19 @@ from eagerq import kernels
 from eagerq.errors import CheckpointError
 from eagerq.scheme import IntegerType, integer_dtype, integer_type, sharing, uint4
 
-__all__ = ["UpgradingModule", "bad_qparams", "bad_range", "bad_scale", "from_torch_ao", "misfit", "rename", "restate"]
+__all__ = [
+    "Unit",
+    "UpgradingModule",
+    "bad_qparams",
+    "bad_range",
+    "bad_scale",
+    "bundle",
+    "from_torch_ao",
+    "misfit",
+    "rename",
+    "restate",
+    "unbundle",
+]
 
 _PACKED = "_packed_params"
 _DYNAMIC_LINEAR = 4  # the version of its format, which no other layer with packed parameters has
@@ -169,7 +181,41 @@ def _tensors(key: str, value: Any) -> dict[str, Any]:
     }
 
 
-class UpgradingModule(nn.Module):
+class Unit(nn.Module):
+    """Base of the modules that may be handed all their entries, and those of the modules in them, as one.
+
+    nn.Module seeks the entries of each child among all those of its parent, which takes a model of a thousand
+    layers a million looks at each of a layer's entries.  Where they come as one, it is one look.
+    """
+
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
+        unbundle(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+_ALL = "(all)"
+
+
+def bundle(state: MutableMapping[str, Any], units: Container[str]) -> None:
+    """Put all entries of a :class:`Unit` into one, in place.
+
+    Args:
+        units: what the entries of each begin with, such as ``layer1.conv.``.
+    """
+    for key in [key for key in state if isinstance(key, str)]:
+        end = key.find(".") + 1
+        while end and key[:end] not in units:
+            end = key.find(".", end) + 1
+        if end:
+            state.setdefault(key[:end] + _ALL, {})[key] = state.pop(key)
+
+
+def unbundle(state: MutableMapping[str, Any], prefix: str) -> None:
+    """Undo :func:`bundle` for one module, in place."""
+    state.update(state.pop(prefix + _ALL, {}))
+
+
+class UpgradingModule(Unit):
     """Base of the modules whose entries may come in another form, or hold what they cannot use.
 
     A check of the whole file (``eagerq.quantize.state``) asks both methods of every such module before
@@ -199,6 +245,7 @@ class UpgradingModule(nn.Module):
     def _load_from_state_dict(
         self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
     ) -> None:
+        unbundle(state_dict, prefix)
         self._upgrade_state(state_dict, prefix, local_metadata.get("version"))
         for name in self._resizable:
             value, buffer = state_dict.get(prefix + name), self._buffers.get(name)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from eagerq.checkpoint import unbundle
 from eagerq.errors import InvalidConfigError
 from eagerq.fake_quantize.modules import FakeQuantizeBase
 from eagerq.functional import fake_quantize_learnable
@@ -210,6 +211,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):
     def _load_from_state_dict(
         self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
     ) -> None:
+        unbundle(state_dict, prefix)
         scale = state_dict.get(f"{prefix}scale")
         if isinstance(scale, Tensor):
             self._resize(scale.numel())

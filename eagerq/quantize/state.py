@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eagerq.checkpoint import UpgradingModule, misfit, restate
+from eagerq.checkpoint import Unit, UpgradingModule, bundle, misfit, restate
 from eagerq.errors import CheckpointError, nearest
 
 __all__ = ["StateCheck", "has_state_check", "install_state_check"]
@@ -23,6 +23,21 @@ def _upgrading(root: nn.Module, prefix: str) -> Iterator[tuple[str, UpgradingMod
     for path, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, UpgradingModule):
             yield f"{prefix}{path}." if path else prefix, module
+
+
+def _as_torch_loads(module: nn.Module) -> bool:
+    return type(module)._load_from_state_dict is nn.Module._load_from_state_dict
+
+
+def _units(root: nn.Module, prefix: str) -> Iterator[str]:
+    """What the entries begin with of each outermost module of ours, where nobody above looks at them."""
+    for name, child in root._modules.items():
+        path = f"{prefix}{name}."
+        if isinstance(child, Unit):
+            if type(child)._load_from_state_dict.__module__.startswith("eagerq."):
+                yield path
+        elif child is not None and not child._load_state_dict_pre_hooks and _as_torch_loads(child):
+            yield from _units(child, path)
 
 
 def _listed(keys: list[str]) -> str:
@@ -105,6 +120,9 @@ class StateCheck:
             )
         if strict:
             _tell_what_stays(module, state_dict, prefix)
+        last = next(reversed(module._load_state_dict_pre_hooks.values()))
+        if getattr(last, "hook", last) is self and _as_torch_loads(module):
+            bundle(state_dict, set(_units(module, prefix)))
 
 
 def _tell_what_stays(root: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import (
     type_before_parametrizations,
 )
 
+from eagerq.checkpoint import Unit
 from eagerq.errors import InvalidConfigError
 
 __all__ = ["QATMixin", "hand_over"]
@@ -30,7 +31,7 @@ def hand_over(source: nn.Module, target: nn.Module, *names: str) -> None:
             setattr(target, name, getattr(source, name))
 
 
-class QATMixin(nn.Module):
+class QATMixin(Unit):
     """Mixed into a torch module with a weight: ``forward`` uses the weight as int8 would hold it.
 
     Attributes:

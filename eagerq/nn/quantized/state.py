@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from eagerq.checkpoint import UpgradingModule, bad_qparams, misfit, restate
+from eagerq.checkpoint import UpgradingModule, bad_qparams, misfit, restate, unbundle
 from eagerq.qtensor import QTensor
 from eagerq.scheme import integer_type
 
@@ -73,6 +73,7 @@ class QuantizedModule(UpgradingModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        unbundle(state_dict, prefix)
         restate(state_dict, prefix)
         others: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, others, error_msgs)
