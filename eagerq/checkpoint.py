@@ -210,9 +210,11 @@ def bundle(state: MutableMapping[str, Any], units: Container[str]) -> None:
             state.setdefault(key[:end] + _ALL, {})[key] = state.pop(key)
 
 
-def unbundle(state: MutableMapping[str, Any], prefix: str) -> None:
-    """Undo :func:`bundle` for one module, in place."""
-    state.update(state.pop(prefix + _ALL, {}))
+def unbundle(state: MutableMapping[str, Any], prefix: str) -> bool:
+    """Undo :func:`bundle` for one module, in place; whether there was anything to undo."""
+    entries = state.pop(prefix + _ALL, {})
+    state.update(entries)
+    return bool(entries)
 
 
 class UpgradingModule(Unit):
@@ -297,6 +299,8 @@ def bad_scale(key: str, state: Mapping[str, Any]) -> Iterator[str]:
     """Says so when the scales under ``key`` are not positive numbers."""
     value = state.get(key)
     if isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta:
+        if value.numel() == 1 and 0 < value.item() < torch.inf:  # most are: one look instead of four
+            return
         proper = value.isfinite() & (value > 0)
         if not bool(proper.all()):
             yield f"{key} holds {_shown(value[~proper])}, but a scale is a positive number"
@@ -332,6 +336,8 @@ def bad_qparams(
         yield f"{path}scale has {scale.numel()} elements, but {path}zero_point {zero_point.numel()}"
     if not zero_point.is_meta:
         low, high = (kind.minimum, kind.maximum) if kind else (-torch.inf, torch.inf)
+        if kind and zero_point.numel() == 1 and low <= zero_point.item() <= high:
+            return
         proper = zero_point.isfinite() & (zero_point >= low) & (zero_point <= high)
         if not bool(proper.all()):
             wanted = f"one of {low} to {high}" if kind else "a number"

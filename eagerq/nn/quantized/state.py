@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -73,8 +74,10 @@ class QuantizedModule(UpgradingModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        unbundle(state_dict, prefix)
-        restate(state_dict, prefix)
+        # whoever bundles has checked, and nobody but a hook has changed anything since
+        checked = unbundle(state_dict, prefix) and not self._load_state_dict_pre_hooks
+        if not checked:
+            restate(state_dict, prefix)
         others: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, others, error_msgs)
         known = self._tensors()
@@ -84,14 +87,21 @@ class QuantizedModule(UpgradingModule):
         if strict:
             needless = {*given, *self._optional_state, *self._kept_state}
             missing_keys += [prefix + name for name in known if name not in needless]
-        checks = (
-            misfit(prefix + name, value, known[name], name in self._resizable)
-            for name, value in given.items()
-            if name in known
-        )
-        error_msgs += filter(None, (*checks, *self._state_problems(state_dict, prefix)))
+        if not checked:
+            checks = (
+                misfit(prefix + name, value, known[name], name in self._resizable)
+                for name, value in given.items()
+                if name in known
+            )
+            error_msgs += filter(None, (*checks, *self._state_problems(state_dict, prefix)))
         if not error_msgs:
             self._take_tensors(given, assign=local_metadata.get("assign_to_params_buffers", False))
+
+
+@cache
+def _tables(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those with a scale and a zero point beside them."""
+    return tuple(name for name in names if {f"{name}_scale", f"{name}_zero_point"} <= {*names})
 
 
 class StoredTensors(QuantizedModule):
@@ -108,8 +118,8 @@ class StoredTensors(QuantizedModule):
     def _resizable(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(f"{name}_{what}" for name in self._tables() for what in ("scale", "zero_point"))
 
-    def _tables(self) -> list[str]:
-        return [name for name in self._STORED if {f"{name}_scale", f"{name}_zero_point"} <= {*self._STORED}]
+    def _tables(self) -> tuple[str, ...]:
+        return _tables(self._STORED)
 
     def _state_problems(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
         yield from super()._state_problems(state, prefix)
