@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eagerq import native
-from eagerq.kernels import native_conv, onednn, reference, transposed
+from eagerq.kernels import native_conv, native_linear, onednn, reference, transposed
 from eagerq.kernels.dispatch import Kernel, door
 
 __all__ = [
@@ -119,6 +119,7 @@ if native.available:
     quantize.register("cpu", native.quantize)
 if native.conv_ready():
     conv.register("cpu", native_conv.conv)
+    linear.register("cpu", native_linear.linear)
 if onednn.available():
     linear.register("cpu", onednn.linear)
     conv.register("cpu", onednn.conv)

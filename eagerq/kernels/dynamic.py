@@ -16,6 +16,7 @@ from eagerq import native
 from eagerq.functional import dynamic_qparams
 from eagerq.kernels import doors, reference
 from eagerq.kernels.dispatch import Kernel, door
+from eagerq.kernels.packing import kept, version
 
 __all__ = ["conv_dynamic", "conv_transpose_dynamic", "linear_dynamic", "linear_dynamic_float16", "to_float16"]
 
@@ -33,6 +34,13 @@ def _steps(x: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor
 
 def _twice_inverted(scale: Tensor) -> Tensor:
     return scale.reciprocal().float().reciprocal_()
+
+
+def _kept_scale(weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The weight's scale twice inverted, the same tensor each time: backends know a packed layer by it."""
+    key = ("twice inverted", version(scale))
+    _, inverted = kept(weight, zero_point, key, lambda: (scale, _twice_inverted(scale)))
+    return inverted
 
 
 def _by_tensors(x: Tensor, reduce_range: bool) -> tuple[Tensor, Any, Any]:
@@ -85,7 +93,8 @@ def _dynamic(door: Kernel, how: str = "") -> Kernel:
         quantized = _by_numbers(x, reduce_range)
         if quantized is None:
             return NotImplemented
-        return door.run(*quantized, weight, _twice_inverted(weight_scale), weight_zero_point, bias, *shape, *_REAL)
+        scale = _kept_scale(weight, weight_scale, weight_zero_point)
+        return door.run(*quantized, weight, scale, weight_zero_point, bias, *shape, *_REAL)
 
     def fake(
         x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor, bias: Tensor | None, *rest: Any

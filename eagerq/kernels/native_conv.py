@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 
 from eagerq import native
-from eagerq.kernels.packing import kept
+from eagerq.kernels.packing import kept, version
 from eagerq.kernels.reference import channels_last
 
-__all__ = ["conv"]
+__all__ = ["BYTES", "LONGEST_SUM", "conv"]
 
-_BYTES = (torch.uint8, torch.int8)
+BYTES = (torch.uint8, torch.int8)
 # products of two differences of bytes that an int32 sum can take
-_LONGEST_SUM = (2**31 - 1) // (255 * 255)
-
-
-def _version(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (id(x), 0 if x.is_inference() else x._version)
+LONGEST_SUM = (2**31 - 1) // (255 * 255)
 
 
 def conv(
@@ -46,14 +42,14 @@ def conv(
     depthwise = groups > 1 and inside == 1 and groups == outputs
     if (
         x.dim() != 4
-        or x.dtype not in _BYTES
-        or dtype not in _BYTES
+        or x.dtype not in BYTES
+        or dtype not in BYTES
         or weight.dtype is not torch.int8
         or type(weight) is not Tensor
         or (groups > 1 and not depthwise)
         or (dilation[1] > 1 and taps[1] > 1 and not depthwise)
         or inside * groups != x.shape[1]
-        or weight.numel() > _LONGEST_SUM * outputs
+        or weight.numel() > LONGEST_SUM * outputs
         or weight_scale.numel() not in (1, outputs)
     ):
         return NotImplemented
@@ -66,7 +62,7 @@ def conv(
     packed = kept(
         weight,
         weight_zero_point,
-        ("native", depthwise, _version(weight_scale), _version(bias)),
+        ("native", depthwise, version(weight_scale), version(bias)),
         lambda: native.PackedConv(weight, weight_scale, weight_zero_point, bias, depthwise),
     )
     sizes, how = (x.shape[0], outputs, rows, columns), (*taps, *stride, *padding, *dilation)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Packed", "kept", "pack"]
+__all__ = ["Packed", "kept", "pack", "version"]
 
 _Form = TypeVar("_Form")
 
@@ -98,3 +98,8 @@ def kept(weight: Tensor, zero_point: Tensor, key: Any, make: Callable[[], _Form]
     made = make()
     entry.layouts[:] = [(key, made), *entry.layouts[: MOST_LAYOUTS - 1]]
     return made
+
+
+def version(x: Tensor | None) -> tuple[int, int]:
+    """What a packed layer knows a parameter by."""
+    return (0, 0) if x is None else (id(x), 0 if x.is_inference() else x._version)

@@ -11,7 +11,7 @@
 typedef struct {
     i64 batch, channels, height, width, outputs, rows, columns;
     i64 taps_y, taps_x, every_y, every_x, pad_y, pad_x, step_y, step_x;
-    int32_t x_zero, is_signed, to_signed;
+    int32_t x_zero, is_signed, to_signed, to_real; /* to_real: float32, nothing requantized */
     float x_scale, inverse, zero, low, high;
 } Conv;
 
@@ -79,8 +79,15 @@ INLINE int32_t window_sum(const u8 *from, const Lines *lines) {
     return total;
 }
 
+/* The first `left` of sixteen sums in real numbers: (sum * x_scale) * scale + bias. */
+INLINE void put_real(float *to, __m512i total, __m512 scale, __m512 bias, i64 left, const Conv *c) {
+    const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(c->x_scale)), scale);
+    if (left >= 16) _mm512_storeu_ps(to, _mm512_add_ps(y, bias));
+    else _mm512_mask_storeu_ps(to, (__mmask16)((1u << left) - 1), _mm512_add_ps(y, bias));
+}
+
 /* MR windows times NV * 16 outputs */
-INLINE void tile(const int MR, const int NV, const u8 **from, u8 **to, i64 count, i64 first, const int8_t *weight,
+INLINE void tile(const int MR, const int NV, const int REAL, const u8 **from, u8 **to, i64 count, i64 first, const int8_t *weight,
                  const Lines *lines, const Layer *layer, const Conv *c) {
     __m512i acc[14][4];
     UNROLL for (int r = 0; r < MR; r++) UNROLL for (int v = 0; v < NV; v++) acc[r][v] = _mm512_setzero_si512();
@@ -121,25 +128,36 @@ INLINE void tile(const int MR, const int NV, const u8 **from, u8 **to, i64 count
             if (layer->zeros)
                 total = _mm512_sub_epi32(total, _mm512_mullo_epi32(_mm512_loadu_si512(layer->zeros + channel),
                                                                    _mm512_set1_epi32(off[r])));
-            steps[v] = requantized(total, _mm512_loadu_ps(layer->scale + channel), _mm512_loadu_ps(layer->bias + channel), c);
+            const __m512 scale = _mm512_loadu_ps(layer->scale + channel), bias = _mm512_loadu_ps(layer->bias + channel);
+            if (REAL) put_real((float *)to[r] + channel, total, scale, bias, left - v * 16, c);
+            else steps[v] = requantized(total, scale, bias, c);
         }
-        put(to[r] + first, _mm512_permutexvar_epi32(order, packed(steps, c)), left);
+        if (!REAL) put(to[r] + first, _mm512_permutexvar_epi32(order, packed(steps, c)), left);
     }
 }
 
-#define TILE(MR, NV)                                                                                              \
-    VNNI static void tile_##NV(const u8 **from, u8 **to, i64 count, i64 first, const int8_t *weight,              \
-                               const Lines *lines, const Layer *layer, const Conv *c) {                           \
-        tile(MR, NV, from, to, count, first, weight, lines, layer, c);                                            \
+#define TILE(NAME, MR, NV, REAL)                                                                                  \
+    VNNI static void NAME(const u8 **from, u8 **to, i64 count, i64 first, const int8_t *weight,                   \
+                          const Lines *lines, const Layer *layer, const Conv *c) {                                \
+        tile(MR, NV, REAL, from, to, count, first, weight, lines, layer, c);                                      \
     }
-TILE(14, 1)
-TILE(12, 2)
-TILE(8, 3)
-TILE(6, 4)
+#define TILES_OF(NV, MR)          \
+    TILE(tile_##NV, MR, NV, 0)    \
+    TILE(pair_##NV, 2, NV, 0)     \
+    TILE(real_##NV, MR, NV, 1)    \
+    TILE(real_pair_##NV, 2, NV, 1)
+TILES_OF(1, 14)
+TILES_OF(2, 12)
+TILES_OF(3, 8)
+TILES_OF(4, 6)
 
 static const int TALL[] = {0, 14, 12, 8, 6};
 typedef void (*Tile)(const u8 **, u8 **, i64, i64, const int8_t *, const Lines *, const Layer *, const Conv *);
-static const Tile TILES[] = {0, tile_1, tile_2, tile_3, tile_4};
+/* by the kind of the result, whether there are but two windows, and how many vectors of outputs */
+static const Tile TILES[2][2][5] = {
+    {{0, tile_1, tile_2, tile_3, tile_4}, {0, pair_1, pair_2, pair_3, pair_4}},
+    {{0, real_1, real_2, real_3, real_4}, {0, real_pair_1, real_pair_2, real_pair_3, real_pair_4}},
+};
 
 /* Output channels go by blocks of one to four vectors, as equal as can be: where block `number` begins. */
 static i64 block_start(i64 vectors, i64 blocks, i64 number) { return number * vectors / blocks; }
@@ -165,7 +183,7 @@ static void lay_out(const u8 *x, u8 *strip, i64 top, i64 bottom, i64 wide, const
 static void windows(const u8 *base, u8 *out, i64 many, i64 columns, i64 stride, i64 row_stride, i64 from_block,
                     i64 to_block, const Lines *lines, const Layer *layer, const Conv *c) {
     const i64 vectors = (c->outputs + 15) / 16, blocks = (vectors + 3) / 4;
-    const i64 deep = lines->count * ((lines->bytes + 3) / 4) * 64;
+    const i64 deep = lines->count * ((lines->bytes + 3) / 4) * 64, wide = c->outputs * (c->to_real ? 4 : 1);
     for (i64 block = from_block; block < to_block; block++) {
         const i64 begin = block_start(vectors, blocks, block), nv = block_start(vectors, blocks, block + 1) - begin;
         i64 row = 0, column = 0;
@@ -175,12 +193,12 @@ static void windows(const u8 *base, u8 *out, i64 many, i64 columns, i64 stride, 
             const i64 count = many - at < TALL[nv] ? many - at : TALL[nv];
             for (i64 r = 0; r < TALL[nv]; r++) {
                 from[r] = base + row * row_stride + column * stride;
-                to[r] = out + (at + least(r, count - 1)) * c->outputs;
+                to[r] = out + (at + least(r, count - 1)) * wide;
                 if (r >= count - 1) continue; /* the last again, for nothing */
                 if (++column == columns) column = 0, row++;
             }
             if (++column == columns) column = 0, row++;
-            TILES[nv](from, to, count, begin * 16, layer->weight + begin * deep, lines, layer, c);
+            TILES[c->to_real][count <= 2][nv](from, to, count, begin * 16, layer->weight + begin * deep, lines, layer, c);
         }
     }
 }
@@ -200,6 +218,25 @@ static void direct(const u8 *x, u8 *out, const Layer *layer, const Conv *c) {
             const i64 at = piece * chunk, many = least(chunk, pixels - at);
             windows(x + at * c->channels, out + at * c->outputs, many, many, c->channels, 0, block, block + 1, &lines,
                     layer, c);
+        }
+}
+
+/* `batch` rows of `channels` bytes, a multiple of four, times the weight. */
+EXPORT void eagerq_linear(const u8 *x, u8 *out, const Layer *layer, const Conv *c) {
+    const i64 rows = c->batch, vectors = (c->outputs + 15) / 16, blocks = (vectors + 3) / 4;
+    const i64 wide = c->outputs * (c->to_real ? 4 : 1), work = rows * c->channels * c->outputs;
+    const Lines lines = {1, c->channels, 0};
+    /* as many rows as stay in the second cache beside a block's weights, which all of them meet one by one */
+    i64 chunk = 384 * 1024 / (c->channels + 1) / 24 * 24;
+    if (c->to_real) chunk = least(chunk, 1024 * 1024 / wide / 24 * 24);
+    if (blocks < 8) chunk = least(chunk, (rows / 4 + 23) / 24 * 24);
+    chunk = chunk < 24 ? 24 : chunk;
+    const i64 chunks = (rows + chunk - 1) / chunk;
+#pragma omp parallel for collapse(2) schedule(dynamic) if (work > 100000)
+    for (i64 piece = 0; piece < chunks; piece++)
+        for (i64 block = 0; block < blocks; block++) {
+            const i64 at = piece * chunk, many = least(chunk, rows - at);
+            windows(x + at * c->channels, out + at * wide, many, many, c->channels, 0, block, block + 1, &lines, layer, c);
         }
 }
 
@@ -336,6 +373,7 @@ EXPORT void eagerq_depthwise(const u8 *x, u8 *out, const Layer *layer, const Con
 
 #else
 EXPORT int eagerq_conv_ready(void) { return 0; }
+EXPORT void eagerq_linear(const u8 *x, u8 *out, const Layer *layer, const Conv *c) {}
 EXPORT void eagerq_conv(const u8 *x, u8 *out, const Layer *layer, const Conv *c) {}
 EXPORT void eagerq_depthwise(const u8 *x, u8 *out, const Layer *layer, const Conv *c) {}
 #endif

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from eagerq.native.library import LIBRARY, Conv, Layer
 
-__all__ = ["PackedConv", "conv", "conv_ready"]
+__all__ = ["PackedConv", "conv", "conv_ready", "linear"]
 
+_POINT = (1, 1, 1, 1, 0, 0, 1, 1)  # a window of one
 _LANES, _WIDEST = 16, 4  # int32 sums to a vector; vectors to a block of outputs
 
 
@@ -107,10 +108,40 @@ def conv(
     signed = x.dtype is torch.int8
     numbers = _call(
         *(*x.shape, *sizes[1:], *how),
-        *(x_zero_point + 128 if signed else x_zero_point, signed, dtype is torch.int8),
+        *(x_zero_point + 128 if signed else x_zero_point, signed, dtype is torch.int8, False),
         *(x_scale, 1.0 / ctypes.c_float(scale).value, zero_point, low, high),
     )
     out = torch.empty(sizes, dtype=dtype, memory_format=torch.channels_last)
     call = LIBRARY.eagerq_depthwise if packed.depthwise else LIBRARY.eagerq_conv
     call(x.data_ptr(), out.data_ptr(), packed.address, ctypes.byref(numbers))
+    return out
+
+
+def linear(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    packed: PackedConv,
+    outputs: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """The product of :func:`eagerq.kernels.reference.linear`, of uint8 ``[…, in]``, dense, with ``in`` a multiple of 4.
+
+    Args:
+        packed: of the weight as one of ``[out, in, 1, 1]``.
+        outputs: how many there are.
+    """
+    inputs, real = x.shape[-1], dtype is torch.float32
+    make = Conv if real else _call  # the scale of real results is that of the moment
+    numbers = make(
+        *(x.numel() // inputs, inputs, 1, 1, outputs, 1, 1, *_POINT),
+        *(x_zero_point, False, dtype is torch.int8, real, x_scale),
+        *((0, 0, 0, 0) if real else (1.0 / ctypes.c_float(scale).value, zero_point, low, high)),
+    )
+    out = torch.empty((*x.shape[:-1], outputs), dtype=dtype)
+    LIBRARY.eagerq_linear(x.data_ptr(), out.data_ptr(), packed.address, ctypes.byref(numbers))
     return out

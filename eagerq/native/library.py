@@ -27,7 +27,7 @@ class Conv(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "channels", "height", "width", "outputs", "rows", "columns")),
         *((f"{name}_{axis}", ctypes.c_int64) for name in ("taps", "every", "pad", "step") for axis in "yx"),
-        *((name, ctypes.c_int32) for name in ("x_zero", "is_signed", "to_signed")),
+        *((name, ctypes.c_int32) for name in ("x_zero", "is_signed", "to_signed", "to_real")),
         *((name, ctypes.c_float) for name in ("x_scale", "inverse", "zero", "low", "high")),
     ]
 
@@ -48,6 +48,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "depthwise": [_POINTER] * 4,
     "fake_quantize": [_POINTER] * 3 + [_COUNT] + [_POINTER] * 2 + [_REAL] * 2,
     "layer_norm": [_POINTER] * 2 + [_COUNT, _POINTER],
+    "linear": [_POINTER] * 4,
     "look_up": [_POINTER] * 3 + [_COUNT],
     "masked": [_POINTER] * 3 + [_COUNT],
     "max_pool": [_POINTER] * 2 + [_COUNT] * 6 + [_POINTER, _FLAG],

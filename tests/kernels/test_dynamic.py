@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -192,3 +194,21 @@ def test_float16_is_torchs(ao: Any, call: dict[str, Any]) -> None:
         torch.backends.quantized.engine = before
     ours = kernels.linear_dynamic_float16(torch.atleast_2d(call["x"]), weight.half(), call["bias"])
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()) + 1e-12)
+
+
+def test_a_layer_goes_when_its_tensors_go() -> None:
+    """What is kept for a layer does not keep the layer."""
+    weight, scale = torch.ones(8, 4, dtype=torch.int8), torch.ones(8)
+    kernels.linear_dynamic(torch.randn(3, 4), weight, scale, torch.zeros(8, dtype=torch.int32), None, False)
+    gone = [weakref.ref(weight), weakref.ref(scale)]
+    del weight, scale
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
+def test_a_changed_scale_is_seen() -> None:
+    x, (weight, scale, zero_point) = torch.randn(3, 4), LAYER
+    scale = scale.clone()
+    before = kernels.linear_dynamic(x, weight, scale, zero_point, None, False)
+    scale.mul_(2)
+    torch.testing.assert_close(kernels.linear_dynamic(x, weight, scale, zero_point, None, False), before * 2)

@@ -33,6 +33,7 @@ def no_kernel_before() -> Iterator[None]:
     """The doors without kernels that would be asked before oneDNN's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(kernels.conv._fast, "cpu", [onednn.conv])
+        patch.setitem(kernels.linear._fast, "cpu", [onednn.linear])
         yield
 
 
