@@ -91,6 +91,12 @@ class Quantizing(Backend):
         return converted
 
 
+class _Eagerq(Quantizing):
+    def deploy(self, model: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
+        frozen: Callable[[Tensor], object] = self._api.freeze(model, (example,))
+        return frozen
+
+
 class Deployed(Backend):
     """A converted model of another contender, run by something else."""
 
@@ -145,7 +151,7 @@ def eagerq() -> Backend:
     from eagerq.intrinsic.qat import freeze_bn_stats
     from eagerq.nn.quantized import FloatFunctional
 
-    return Quantizing("eagerq", api, FloatFunctional, freeze_bn_stats, "onednn", {"as_trained": True})
+    return _Eagerq("eagerq", api, FloatFunctional, freeze_bn_stats, "onednn", {"as_trained": True})
 
 
 def contenders(engine: str) -> dict[str, Backend]:

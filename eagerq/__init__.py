@@ -43,6 +43,7 @@ from eagerq.fake_quantize import (
     fused_per_channel_wt_fake_quant_range_neg_127_to_127,
     fused_wt_fake_quant_range_neg_127_to_127,
 )
+from eagerq.freeze import Frozen, freeze
 from eagerq.fuse_modules import (
     fuse_known_modules,
     fuse_modules,
@@ -326,6 +327,9 @@ __all__ = [
     "quantize_dynamic",
     "quantize_qat",
     "swap_module",
+    # fast inference
+    "Frozen",
+    "freeze",
     # stubs
     "DeQuantStub",
     "QuantStub",

@@ -66,4 +66,4 @@ def conv(
         lambda: native.PackedConv(weight, weight_scale, weight_zero_point, bias, depthwise),
     )
     sizes, how = (x.shape[0], outputs, rows, columns), (*taps, *stride, *padding, *dilation)
-    return native.conv(channels_last(x), x_scale, x_zero_point, packed, sizes, how, scale, zero_point, dtype, low, high)
+    return native.conv(x, x_scale, x_zero_point, packed, sizes, how, scale, zero_point, dtype, low, high)

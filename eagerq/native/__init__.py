@@ -5,6 +5,7 @@ from eagerq.native.embedding import embedding, embedding_bag
 from eagerq.native.layers import dequantize, layer_norm, look_up, quantize_dynamic
 from eagerq.native.library import available
 from eagerq.native.pointwise import add, fake_quantize, masked, max_pool, quantize, serves
+from eagerq.native.recording import recording
 
 __all__ = [
     "PackedConv",
@@ -23,5 +24,6 @@ __all__ = [
     "max_pool",
     "quantize",
     "quantize_dynamic",
+    "recording",
     "serves",
 ]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from eagerq.native.library import LIBRARY, Conv, Layer
+from eagerq.native.recording import recorded
 
 __all__ = ["PackedConv", "conv", "conv_ready", "linear"]
 
@@ -82,17 +83,41 @@ class PackedConv:
 
 
 @lru_cache(maxsize=1024)
-def _call(*numbers: float) -> Conv:
+def _numbers(*numbers: float) -> Conv:
     return Conv(*numbers)
 
 
+def _binding(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    packed: PackedConv,
+    sizes: tuple[int, ...],
+    how: tuple[int, ...],
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> tuple[Any, ...]:
+    signed = x.dtype is torch.int8
+    numbers = _numbers(
+        *(*x.shape, *sizes[1:], *how),
+        *(x_zero_point + 128 if signed else x_zero_point, signed, dtype is torch.int8, False),
+        *(x_scale, 1.0 / ctypes.c_float(scale).value, zero_point, low, high),
+    )
+    call = LIBRARY.eagerq_depthwise if packed.depthwise else LIBRARY.eagerq_conv
+    return (x,), call, (packed.address, ctypes.byref(numbers))
+
+
+@recorded(_binding)
 def conv(
     x: Tensor,
     x_scale: float,
     x_zero_point: int,
     packed: PackedConv,
-    sizes: Sequence[int],
-    how: Sequence[int],
+    sizes: tuple[int, ...],
+    how: tuple[int, ...],
     scale: float,
     zero_point: int,
     dtype: torch.dtype,
@@ -105,18 +130,35 @@ def conv(
         sizes: of the result, ``[N, out, H, W]``.
         how: taps, strides, padding and dilation, vertical and horizontal.
     """
-    signed = x.dtype is torch.int8
-    numbers = _call(
-        *(*x.shape, *sizes[1:], *how),
-        *(x_zero_point + 128 if signed else x_zero_point, signed, dtype is torch.int8, False),
-        *(x_scale, 1.0 / ctypes.c_float(scale).value, zero_point, low, high),
-    )
+    _, call, rest = _binding(x, x_scale, x_zero_point, packed, sizes, how, scale, zero_point, dtype, low, high)
     out = torch.empty(sizes, dtype=dtype, memory_format=torch.channels_last)
-    call = LIBRARY.eagerq_depthwise if packed.depthwise else LIBRARY.eagerq_conv
-    call(x.data_ptr(), out.data_ptr(), packed.address, ctypes.byref(numbers))
+    call(x.data_ptr(), out.data_ptr(), *rest)
     return out
 
 
+def _linear_binding(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    packed: PackedConv,
+    outputs: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> tuple[Any, ...]:
+    inputs, real = x.shape[-1], dtype is torch.float32
+    make = Conv if real else _numbers  # the scale of real results is that of the moment
+    numbers = make(
+        *(x.numel() // inputs, inputs, 1, 1, outputs, 1, 1, *_POINT),
+        *(x_zero_point, False, dtype is torch.int8, real, x_scale),
+        *((0, 0, 0, 0) if real else (1.0 / ctypes.c_float(scale).value, zero_point, low, high)),
+    )
+    return (x,), LIBRARY.eagerq_linear, (packed.address, ctypes.byref(numbers))
+
+
+@recorded(_linear_binding)
 def linear(
     x: Tensor,
     x_scale: float,
@@ -135,13 +177,7 @@ def linear(
         packed: of the weight as one of ``[out, in, 1, 1]``.
         outputs: how many there are.
     """
-    inputs, real = x.shape[-1], dtype is torch.float32
-    make = Conv if real else _call  # the scale of real results is that of the moment
-    numbers = make(
-        *(x.numel() // inputs, inputs, 1, 1, outputs, 1, 1, *_POINT),
-        *(x_zero_point, False, dtype is torch.int8, real, x_scale),
-        *((0, 0, 0, 0) if real else (1.0 / ctypes.c_float(scale).value, zero_point, low, high)),
-    )
+    _, call, rest = _linear_binding(x, x_scale, x_zero_point, packed, outputs, scale, zero_point, dtype, low, high)
     out = torch.empty((*x.shape[:-1], outputs), dtype=dtype)
-    LIBRARY.eagerq_linear(x.data_ptr(), out.data_ptr(), packed.address, ctypes.byref(numbers))
+    call(x.data_ptr(), out.data_ptr(), *rest)
     return out

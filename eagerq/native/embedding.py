@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eagerq.native.library import LIBRARY
 from eagerq.native.pointwise import serves
+from eagerq.native.recording import recorded
 
 __all__ = ["embedding", "embedding_bag"]
 
@@ -54,6 +55,7 @@ def _indices(x: Tensor) -> _Indices:
     return _Indices(x.data_ptr(), x.numel(), x.dtype is torch.int64)
 
 
+@recorded()
 def embedding(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, columns: int | None) -> Any:
     """As :func:`eagerq.kernels.embedding`; ``NotImplemented`` for what C cannot read, and rows out of range."""
     table = _table(weight, scale, zero_point, columns) if _numbers(indices) else None
@@ -64,6 +66,7 @@ def embedding(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor
     return NotImplemented if refused else out
 
 
+@recorded()
 def embedding_bag(
     indices: Tensor,
     weight: Tensor,

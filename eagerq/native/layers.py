@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eagerq.native.library import LIBRARY
 from eagerq.native.pointwise import serves
+from eagerq.native.recording import recorded
 
 __all__ = ["dequantize", "layer_norm", "look_up", "quantize_dynamic"]
 
@@ -27,6 +28,7 @@ class _Norm(ctypes.Structure):
     ]
 
 
+@recorded()
 def dequantize(q: Tensor, scale: float, zero_point: int) -> Any:
     """As :func:`eagerq.kernels.dequantize`."""
     if q.dtype not in _BYTES or not serves(q):
@@ -36,6 +38,7 @@ def dequantize(q: Tensor, scale: float, zero_point: int) -> Any:
     return out
 
 
+@recorded()
 def look_up(x: Tensor, table: Tensor) -> Any:
     """``table[x]`` byte for byte, both without a sign; it lies in memory as ``x`` does."""
     if x.dtype not in _BYTES or not serves(x):
@@ -45,6 +48,7 @@ def look_up(x: Tensor, table: Tensor) -> Any:
     return out
 
 
+@recorded()
 def quantize_dynamic(x: Tensor, quant_max: int) -> tuple[Tensor, float, int] | None:
     """``x`` (float32) as integers from 0 to ``quant_max`` by its own range, with scale and zero point.
 
@@ -64,6 +68,7 @@ def _readable(x: Tensor | None) -> bool:
     return x is None or (x.dtype is torch.float32 and x.is_contiguous() and serves(x))
 
 
+@recorded()
 def layer_norm(
     x: Tensor,
     x_scale: float,

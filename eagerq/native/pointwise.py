@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eagerq.native.library import LIBRARY, Pair, available
+from eagerq.native.recording import recorded
 
 __all__ = ["add", "fake_quantize", "masked", "max_pool", "quantize", "serves"]
 
@@ -38,6 +39,28 @@ def serves(x: Tensor) -> bool:
     )
 
 
+def _add_binding(
+    a: Tensor,
+    a_scale: float,
+    a_zero_point: int,
+    b: Tensor,
+    b_scale: float,
+    b_zero_point: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> tuple[Any, ...]:
+    numbers = Pair(
+        *(a.dtype is torch.int8, b.dtype is torch.int8),
+        *(a_scale, -_product(a_scale, a_zero_point), b_scale, -_product(b_scale, b_zero_point)),
+        *(_inverse(scale), zero_point, low, high),
+    )
+    return (a, b), LIBRARY.eagerq_add, (a.numel(), ctypes.byref(numbers))
+
+
+@recorded(_add_binding)
 def add(
     a: Tensor,
     a_scale: float,
@@ -55,12 +78,9 @@ def add(
     if not (a.shape == b.shape and a.stride() == b.stride() and {a.dtype, b.dtype, dtype} <= {*_BYTES} and serves(a)):
         return NotImplemented
     out = torch.empty_like(a, dtype=dtype)
-    numbers = Pair(
-        *(a.dtype is torch.int8, b.dtype is torch.int8),
-        *(a_scale, -_product(a_scale, a_zero_point), b_scale, -_product(b_scale, b_zero_point)),
-        *(_inverse(scale), zero_point, low, high),
-    )
-    LIBRARY.eagerq_add(a.data_ptr(), b.data_ptr(), out.data_ptr(), a.numel(), ctypes.byref(numbers))
+    numbers = (a, a_scale, a_zero_point, b, b_scale, b_zero_point, scale, zero_point, dtype, low, high)
+    _, call, rest = _add_binding(*numbers)
+    call(a.data_ptr(), b.data_ptr(), out.data_ptr(), *rest)
     return out
 
 
@@ -76,15 +96,32 @@ def _inverse(scale: float) -> float:
     return _single(1.0 / _single(scale))
 
 
+def _quantize_binding(
+    x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int
+) -> tuple[Any, ...]:
+    return (x,), LIBRARY.eagerq_quantize, (x.numel(), _inverse(scale), zero_point, low, high)
+
+
+@recorded(_quantize_binding)
 def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, low: int, high: int) -> Any:
     """As :func:`eagerq.kernels.quantize`."""
     if x.dtype is not torch.float32 or dtype not in _BYTES or not serves(x):
         return NotImplemented
     out = torch.empty_like(x, dtype=dtype)
-    LIBRARY.eagerq_quantize(x.data_ptr(), out.data_ptr(), x.numel(), _inverse(scale), zero_point, low, high)
+    _, call, rest = _quantize_binding(x, scale, zero_point, dtype, low, high)
+    call(x.data_ptr(), out.data_ptr(), *rest)
     return out
 
 
+def _pool_binding(x: Tensor, *how: Sequence[int]) -> tuple[Any, ...]:
+    *window, size = how
+    each = (ctypes.c_int64 * 8)(*(number for numbers in window for number in numbers))
+    batch, channels, height, width = x.shape
+    rest = (batch, height, width, channels, *size, each, x.dtype is torch.int8)
+    return (x,), LIBRARY.eagerq_max_pool, rest
+
+
+@recorded(_pool_binding)
 def max_pool(
     x: Tensor,
     taps: Sequence[int],
@@ -95,11 +132,8 @@ def max_pool(
 ) -> Tensor:
     """Largest integer of each window of ``[N, C, H, W]`` with channels last in memory; ``size`` of the result."""
     out = torch.empty((*x.shape[:2], *size), dtype=x.dtype, memory_format=torch.channels_last)
-    window = (ctypes.c_int64 * 8)(*taps, *strides, *pads, *steps)
-    batch, channels, height, width = x.shape
-    LIBRARY.eagerq_max_pool(
-        x.data_ptr(), out.data_ptr(), batch, height, width, channels, *size, window, x.dtype is torch.int8
-    )
+    _, call, rest = _pool_binding(x, taps, strides, pads, steps, size)
+    call(x.data_ptr(), out.data_ptr(), *rest)
     return out
 
 

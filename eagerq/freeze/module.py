@@ -1,0 +1,233 @@
+"""A converted model that repeats its forward for the shapes seen."""
+
+from __future__ import annotations
+
+import threading
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _global
+from torch.utils import _pytree as pytree
+
+from eagerq import native
+from eagerq.errors import InvalidArgumentError, UnsupportedError
+from eagerq.freeze.plan import Plan, Tape, Unplannable
+from eagerq.qtensor import QTensor
+from eagerq.quantize.converting import RunWarnings
+
+__all__ = ["Frozen", "freeze"]
+
+_PLAIN = (bool, int, float, str, type(None))
+_GLOBAL_HOOKS = (_global._global_forward_hooks, _global._global_forward_pre_hooks)
+
+
+class _Guard:
+    """Tells whether a model is as it was: its parts, its tensors, its outputs' parameters, no hooks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        tables = (table for m in modules for table in (m._modules, m._parameters, m._buffers))
+        self._tables: list[dict[str, Any]] = [table for table in tables if table]
+        self._owners = [m for m in modules if "output" in m.__dict__]
+        hooks = [*_GLOBAL_HOOKS, *(h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks))]
+        self._warned = [h for h in hooks if len(h) == 1 and isinstance(next(iter(h.values())), RunWarnings)]
+        self._hooks = [h for h in hooks if not any(h is one for one in self._warned)]
+        tensors = chain(model.parameters(), model.buffers())
+        self._tensors = [x for x in tensors if not x.is_inference()]
+        self._known = self._look()
+
+    def _look(self) -> tuple[Any, ...]:
+        return (
+            list(map(id, chain.from_iterable(map(dict.values, self._tables)))),
+            list(map(attrgetter("_version"), self._tensors)),
+            list(map(attrgetter("output"), self._owners)),
+        )
+
+    def holds(self) -> bool:
+        alone = not any(self._hooks) and all(len(h) == 1 for h in self._warned)
+        return alone and self._look() == self._known
+
+
+class Frozen(nn.Module):
+    """A converted model that repeats planned forwards; :func:`freeze` makes it.
+
+    Attributes:
+        model: the converted model, which computes whatever is not planned.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._wanted: set[Any] = set()
+        self._start()
+        self.training = False
+
+    def _start(self) -> None:
+        self._plans: dict[Any, tuple[_Guard, Plan] | None] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        del state["_plans"], state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        key = None if kwargs or torch.compiler.is_compiling() or self.model.training else _key(args)
+        if key not in self._wanted or not self._lock.acquire(blocking=False):
+            return self.model(*args, **kwargs)
+        try:
+            plan = self._plan(key, args)
+            if plan is None:
+                return self.model(*args)
+            return plan.run(_tensors(args))
+        finally:
+            self._lock.release()
+
+    def _plan(self, key: Any, args: tuple[Any, ...]) -> Plan | None:
+        """The plan for such arguments, made anew where the model has changed; None where there can be none."""
+        known = self._plans.get(key)
+        if known is not None and known[0].holds():
+            return known[1]
+        if key in self._plans and known is None:
+            return None
+        guard = _Guard(self.model)
+        if not guard.holds():
+            return None
+        try:
+            plan = _planned(self.model, args)
+        except Unplannable:
+            self._plans[key] = None
+            return None
+        self._plans[key] = guard, plan
+        return plan
+
+    def add(self, example_inputs: tuple[Any, ...]) -> None:
+        """Plan the forward for one more form of its arguments.
+
+        Raises:
+            InvalidArgumentError: for arguments that are neither tensors nor plain values.
+            UnsupportedError: where the forward cannot be repeated step by step.
+        """
+        key = _key(example_inputs)
+        if key is None:
+            raise InvalidArgumentError(
+                "example_inputs holds something else than tensors on the CPU, numbers, strings and None",
+                module=self.model,
+                remedy="pass a tuple of what the model is called with, by position",
+            )
+        try:
+            self._plans[key] = _Guard(self.model), _planned(self.model, example_inputs)
+        except Unplannable as error:
+            raise UnsupportedError(
+                f"its forward cannot be planned: {error}",
+                module=self.model,
+                remedy="freeze the parts of it that can be, or use the converted model itself",
+            ) from error
+        self._wanted.add(key)
+
+
+def _look(x: Any) -> Any:
+    """What a plan depends on in an argument."""
+    if type(x) is QTensor and x.axis is None:
+        return (x.scale, x.zero_point, _look(x.integers))
+    if type(x) is Tensor and x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return (x.dtype, x.shape, x.stride(), x.requires_grad and torch.is_grad_enabled())
+    return (type(x), x) if isinstance(x, _PLAIN) else None
+
+
+def _key(args: tuple[Any, ...]) -> Any:
+    looks = tuple(map(_look, args))
+    return None if None in looks else looks
+
+
+def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
+    return [x.integers if isinstance(x, QTensor) else x for x in args if isinstance(x, Tensor)]
+
+
+def _planned(model: nn.Module, args: tuple[Any, ...]) -> Plan:
+    inputs = _tensors(args)
+    if len(set(map(id, inputs))) < len(inputs):
+        raise Unplannable("it is given the same tensor twice")
+    with torch.inference_mode(False), torch.no_grad():
+        model(*args)  # so that weights are packed
+        tape = Tape()
+        with native.recording(tape.native), tape:
+            outputs = model(*args)
+        plan = Plan(tape.steps, inputs, outputs)
+        for others in (args, tuple(map(_changed, args))):  # what the tape did not see comes out here
+            if not _equal(plan.run(_tensors(others)), model(*others)):
+                raise Unplannable("repeated step by step, it gives something else; it may do more than torch can see")
+    return plan
+
+
+def _changed(x: Any) -> Any:
+    """Other values of the same kind."""
+    if isinstance(x, QTensor):
+        return x.like(_changed(x.integers))
+    if not isinstance(x, Tensor):
+        return x
+    other = x.flip(tuple(range(x.dim())))
+    if x.is_floating_point():
+        other = other * -0.75
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(other)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    some, others = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    return len(some) == len(others) and all(
+        torch.equal(x.nan_to_num(), y.nan_to_num()) if type(x) is type(y) is Tensor else _same(x, y)
+        for x, y in zip(some, others, strict=True)
+    )
+
+
+def _same(x: Any, y: Any) -> bool:
+    return torch.equal(x, y) if isinstance(x, QTensor) and isinstance(y, QTensor) else bool(x == y)
+
+
+def freeze(model: nn.Module, example_inputs: tuple[Any, ...]) -> Frozen:
+    """A converted model that repeats its forward, for inputs such as these, without the Python between the steps.
+
+    The forward runs once, and what torch and eagerq's kernels do in it is kept as a plan: a list of calls on memory
+    that is laid out beforehand.  The plan gives the very numbers of ``model``.  Other shapes, dtypes and
+    devices, models with hooks, ``torch.compile`` and ``torch.export`` go through ``model`` as ever; after
+    ``load_state_dict`` and the like the plan is made anew.  What a forward does in Python (printing, counting) is
+    not repeated: debug ``model`` itself.
+
+    Args:
+        model: of int8 modules, in eval mode; not copied.
+        example_inputs: a tuple of what ``model`` is called with, by position.
+
+    Returns:
+        A module with ``model`` in it.
+
+    Raises:
+        InvalidArgumentError: for a model in training mode, or arguments that are not tensors or plain values.
+        UnsupportedError: where the forward depends on its tensors' values, or does more than can be repeated.
+
+    Example:
+        >>> import eagerq
+        >>> model = eagerq.QuantWrapper(nn.Conv2d(3, 8, 3)).eval()
+        >>> model.qconfig = eagerq.get_default_qconfig("onednn")
+        >>> x = torch.randn(1, 3, 16, 16)
+        >>> prepared = eagerq.prepare(model)
+        >>> _ = prepared(x)
+        >>> converted = eagerq.convert(prepared)
+        >>> frozen = freeze(converted, (x,))
+        >>> torch.equal(frozen(x), converted(x))
+        True
+    """
+    if model.training:
+        raise InvalidArgumentError(
+            "the model is in training mode", module=model, remedy="call model.eval(), and convert it first"
+        )
+    frozen = Frozen(model)
+    frozen.add(tuple(example_inputs))
+    return frozen
