@@ -56,7 +56,7 @@ def test_goals(goal: Goal, reached: float | None, met: bool | None) -> None:
 
 
 def test_own_variants_and_baselines_are_no_peers() -> None:
-    samples = {**SAMPLES, "eagerq frozen": [0.1] * 3, "needed": [0.1] * 3, "float compiled": [0.1] * 3}
+    samples = {**SAMPLES, "eagerq frozen": [0.1] * 3, "needed": [0.1] * 3, "float": [0.1] * 3}
     assert row(samples=samples).ratios["eagerq / best peer"] == 3.0
 
 

@@ -86,6 +86,14 @@ def test_a_parent_that_looks_sees_the_entries_themselves(make: Callable[..., nn.
     assert model[1].names == sorted(key for key in model.state_dict() if key.startswith("1."))
 
 
+def test_a_root_that_looks_sees_the_entries_themselves() -> None:
+    model = Looking(block()).train()
+    model.qconfig = eagerq.get_default_qat_qconfig("onednn")
+    model = eagerq.prepare_qat(model)
+    model.load_state_dict(model.state_dict())
+    assert model.names == sorted(model.state_dict())
+
+
 def test_a_layer_that_looks_sees_the_entries_themselves() -> None:
     model = prepared()
     linear = model[1].inner[4]
