@@ -48,6 +48,7 @@ def training_step(
     frozen: bool = False,
     layout: torch.memory_format = torch.contiguous_format,
     where: Where = HERE,
+    compiled: bool = False,
 ) -> Callable[[], None]:
     """One SGD step.
 
@@ -55,6 +56,7 @@ def training_step(
         frozen: as late in training (the float step stays as it is).
         layout: of the images and the weights.
         where: the device, the batch (8 of 3x128x128 if left out) and autocast.
+        compiled: by ``torch.compile``, after a first eager step.
     """
     torch.manual_seed(0)
     model = backend.prepare(backend.fuse(NETS[net](backend))).to(where.device)
@@ -73,6 +75,8 @@ def training_step(
     step()  # observers have seen data before they are switched off
     if frozen:
         backend.freeze(model)
+    if compiled:
+        model.compile()
     return step
 
 

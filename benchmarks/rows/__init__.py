@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from . import accuracy, gpu, growth, inference, model, training
+from . import accuracy, compiled, gpu, growth, inference, model, training
 from .base import Benchmark, Setup
 
 __all__ = ["Benchmark", "Setup", "everything"]
@@ -11,6 +11,7 @@ __all__ = ["Benchmark", "Setup", "everything"]
 def everything() -> Iterator[Benchmark]:
     """Every row, table by table."""
     yield from training.benchmarks()
+    yield from compiled.benchmarks()
     yield from inference.benchmarks()
     yield from model.benchmarks()
     yield from growth.benchmarks()
