@@ -80,16 +80,22 @@ class Kernel:
         reference: implementation in plain torch, for every device; the specification of the others.
         fake: tells shape and dtype of the result without computing it; left out, the result is like the
             first argument, in the ``dtype`` that the schema names.
+        any_layout: the work is the same whatever the order of the values in memory, so that compiled code
+            need not restore the one that eager code would have had.
     """
 
     def __init__(
-        self, schema: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor] | None = None
+        self,
+        schema: str,
+        reference: Callable[..., Tensor],
+        fake: Callable[..., Tensor] | None = None,
+        any_layout: bool = False,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.reference = reference
         self.fake: Callable[..., Tensor] = fake or self._like_first
         self._fast: dict[str, list[Callable[..., Any]]] = {}
-        LIBRARY.define(schema)
+        LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,) if any_layout else ())
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         self._operator = getattr(torch.ops.eagerq, self.name).default
         self._parameters = [argument.name for argument in self._operator._schema.arguments]

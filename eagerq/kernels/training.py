@@ -44,7 +44,7 @@ def _averaged_qparams(
     writes over the buffers.
     """
     if x.numel():
-        seen = min_max(x, axis)
+        seen = min_max(_in_memory_order(x) if axis is None else x, axis)
         if not update_natively(*seen, low, high, scale, zero_point, constant, quant_min, quant_max, symmetric):
             _average((low, high), seen, skipped, constant)
             qparams = training_qparams(low, high, quant_min, quant_max, symmetric)
@@ -53,13 +53,24 @@ def _averaged_qparams(
     return scale.clone(), zero_point.clone()
 
 
+def _in_memory_order(x: Tensor) -> Tensor:
+    """``x`` with its axes so permuted that a dense one is contiguous; torch's reductions would copy it otherwise."""
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+
+
 def _copies(x: Tensor, low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> Any:
     return torch.empty_like(scale), torch.empty_like(zero_point)
 
 
-averaged_qparams = Kernel(
-    "averaged_qparams(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) scale, Tensor(d!) zero_point, "
-    "Tensor(e!) skipped, float constant, int quant_min, int quant_max, bool symmetric, int? axis) -> (Tensor, Tensor)",
-    _averaged_qparams,
-    _copies,
+_SCHEMA = (
+    "(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) scale, Tensor(d!) zero_point, Tensor(e!) skipped, "
+    "float constant, int quant_min, int quant_max, bool symmetric, int? axis) -> (Tensor, Tensor)"
 )
+# Activations come in the order of channels last, or however the compiler likes them; weights as they lie in memory.
+_of_all = Kernel("averaged_qparams" + _SCHEMA, _averaged_qparams, _copies, any_layout=True)
+_of_channels = Kernel("averaged_qparams_of_channels" + _SCHEMA, _averaged_qparams, _copies)
+
+
+def averaged_qparams(x: Tensor, *args: Any) -> Any:
+    """:func:`_averaged_qparams` as an operator; its last argument is the channels' axis, or None for one range."""
+    return (_of_all if args[-1] is None else _of_channels)(x, *args)

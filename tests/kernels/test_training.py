@@ -79,4 +79,18 @@ def test_is_a_sound_operator(axis: int | None) -> None:
     observer, (scale, zero_point) = observed(torch.rand(3, 4) - 0.4, axis, numbers)
     buffers = observer.min_val, observer.max_val, scale, zero_point.int(), observer.nonfinite_batches
     arguments = torch.randn(3, 4), *buffers, observer.averaging_constant, *numbers, axis
-    torch.library.opcheck(torch.ops.eagerq.averaged_qparams.default, arguments)
+    for operator in (torch.ops.eagerq.averaged_qparams, torch.ops.eagerq.averaged_qparams_of_channels):
+        torch.library.opcheck(operator.default, arguments)
+
+
+def test_takes_any_layout() -> None:
+    x, start = torch.randn(3, 4, 5, 6), torch.rand(3, 4)
+    for each in (x, x.contiguous(memory_format=torch.channels_last), x.expand(2, 3, 4, 5, 6), x[:, ::2], x[0, 0, 0, 0]):
+        observer, (scale, zero_point) = observed(start, None, AFFINE)
+        buffers = observer.min_val, observer.max_val, scale, zero_point.int(), observer.nonfinite_batches
+        averaged_qparams(each, *buffers, 0.5, *AFFINE, None)
+        plain, _ = observed(start, None, AFFINE)
+        plain.averaging_constant = 0.5
+        plain(each)
+        torch.testing.assert_close(observer.min_val, plain.min_val, rtol=1e-6, atol=0)
+        torch.testing.assert_close(observer.max_val, plain.max_val, rtol=1e-6, atol=0)
