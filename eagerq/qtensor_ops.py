@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagerq.errors import InvalidInputError, calling_module
-from eagerq.kernels.pooling import max_pool
+from eagerq.kernels.pooling import global_average, max_pool
 from eagerq.kernels.reference import reciprocal, single
 from eagerq.qtensor import HANDLERS, KEEPING, QTensor
 from eagerq.scheme import integer_type
@@ -358,6 +358,9 @@ def _equal(x: Any, other: Any) -> bool:
 def _rounded(func: Callable[..., Any]) -> Callable[..., Any]:
     def handler(x: QTensor, *args: Any, **kwargs: Any) -> QTensor:
         _per_tensor(x, func)
+        found = global_average(func, x.integers, x.zero_point, args, kwargs)
+        if found is not NotImplemented:
+            return x.like(found)
         kind = integer_type(x.integers.dtype)
         average = func(x.integers.to(torch.float32).sub_(x.zero_point), *args, **kwargs)
         steps = average.add(x.zero_point).round_().clamp_(kind.minimum, kind.maximum)

@@ -291,5 +291,5 @@ def test_every_c_function_is_recorded() -> None:
         "max_pool",
         "quantize",
     ]
-    for name in [*names, "quantize_dynamic"]:
+    for name in [*names, "quantize_dynamic", "spatial_mean"]:
         assert hasattr(getattr(native, name), "unrecorded"), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,11 +13,27 @@ from eagerq import native
 from eagerq.kernels.packing import kept, version
 from eagerq.kernels.reference import channels_last
 
-__all__ = ["BYTES", "LONGEST_SUM", "conv"]
+__all__ = ["BYTES", "LONGEST_SUM", "conv", "tiles"]
 
 BYTES = (torch.uint8, torch.int8)
 # products of two differences of bytes that an int32 sum can take
 LONGEST_SUM = (2**31 - 1) // (255 * 255)
+
+
+# products from which on those of whole tiles pay for the way into oneDNN, where the processor has them
+_TILED_PRODUCTS = 25_000_000
+
+
+@lru_cache(maxsize=1)
+def tiles() -> bool:
+    """Whether the processor multiplies tiles (AMX), which oneDNN uses."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported())
+
+
+def _plain(zero_point: Tensor) -> bool:
+    """Whether oneDNN knows weights of such zero points."""
+    return kept(zero_point, zero_point, "plain", lambda: not bool(zero_point.any()))
 
 
 def conv(
@@ -58,6 +75,13 @@ def conv(
     columns = (width + 2 * padding[1] - dilation[1] * (taps[1] - 1) - 1) // stride[1] + 1
     x = channels_last(x)
     if rows < 1 or columns < 1 or x.numel() == 0 or weight.numel() == 0 or not native.serves(x):
+        return NotImplemented
+    if (
+        tiles()
+        and not depthwise
+        and x.shape[0] * rows * columns * weight.numel() > _TILED_PRODUCTS
+        and _plain(weight_zero_point)
+    ):
         return NotImplemented
     packed = kept(
         weight,

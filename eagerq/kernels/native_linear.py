@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eagerq import native
-from eagerq.kernels.native_conv import BYTES, LONGEST_SUM
+from eagerq.kernels.native_conv import BYTES, LONGEST_SUM, tiles
 from eagerq.kernels.packing import kept, version
 
 __all__ = ["linear"]
 
 # rows from which on the products of whole tiles pay, where the processor has them
 _TILED_ROWS = 32
-
-
-@lru_cache(maxsize=1)
-def _tiles() -> bool:
-    """Whether the processor multiplies tiles (AMX), which oneDNN uses."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and bool(supported())
 
 
 def linear(
@@ -52,7 +44,7 @@ def linear(
         or x.numel() == 0
         or outputs == 0
         or weight_scale.numel() not in (1, outputs)
-        or (_tiles() and x.numel() >= _TILED_ROWS * inputs)
+        or (tiles() and x.numel() >= _TILED_ROWS * inputs)
     ):
         return NotImplemented
     if x.dtype is torch.int8:

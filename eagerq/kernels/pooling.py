@@ -13,7 +13,7 @@ from eagerq import native
 from eagerq.kernels.reference import MEMORY_FORMATS
 from eagerq.scheme import integer_type
 
-__all__ = ["max_pool"]
+__all__ = ["global_average", "max_pool"]
 
 
 def _windows(length: int, taps: int, every: int, pad: int, step: int, ceil_mode: bool) -> int:
@@ -69,3 +69,34 @@ def max_pool(
         for other in slices[1:]:
             y = torch.maximum(y, other)
     return y.movedim(-1, 1).contiguous(memory_format=MEMORY_FORMATS[x.dim()])
+
+
+_MEANS = (torch.mean, Tensor.mean)
+_LARGEST_EXACT = 2**24 // 255  # of how many bytes float32 holds the sum, whatever the order
+
+
+def _keeps_axes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
+    """Whether an average over height and width keeps these axes; None for any other average."""
+    given = dict(zip(("dim", "keepdim") if func in _MEANS else ("output_size",), args, strict=False), **kwargs)
+    if func is F.adaptive_avg_pool2d:
+        return True if given.get("output_size") in (1, (1, 1), [1, 1]) else None
+    axes = given.get("dim")
+    if func not in _MEANS or set(given) - {"dim", "keepdim"} or not isinstance(axes, (tuple, list)):
+        return None
+    return bool(given.get("keepdim")) if sorted(axis % 4 for axis in axes) == [2, 3] else None
+
+
+def global_average(func: Any, x: Tensor, zero_point: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An average over height and width of integers, rounded to them; ``NotImplemented`` for what C cannot do.
+
+    Args:
+        func: of torch, with what it takes besides ``x``.
+    """
+    if x.dim() != 4 or x.element_size() > 1 or not 0 < x.shape[2] * x.shape[3] <= _LARGEST_EXACT:
+        return NotImplemented
+    keeps = _keeps_axes(func, args, kwargs)
+    if keeps is None or not native.serves(x) or not x.is_contiguous(memory_format=torch.channels_last):
+        return NotImplemented
+    kind = integer_type(x.dtype)
+    y = native.spatial_mean(x, zero_point, kind.minimum, kind.maximum)
+    return y if keeps else y.flatten(1)

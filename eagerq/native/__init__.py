@@ -4,7 +4,7 @@ from eagerq.native.conv import PackedConv, conv, conv_ready, linear
 from eagerq.native.embedding import embedding, embedding_bag
 from eagerq.native.layers import dequantize, layer_norm, look_up, quantize_dynamic
 from eagerq.native.library import available
-from eagerq.native.pointwise import add, fake_quantize, masked, max_pool, quantize, serves
+from eagerq.native.pointwise import add, fake_quantize, masked, max_pool, quantize, serves, spatial_mean
 from eagerq.native.recording import recording
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "quantize_dynamic",
     "recording",
     "serves",
+    "spatial_mean",
 ]

@@ -52,6 +52,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "look_up": [_POINTER] * 3 + [_COUNT],
     "masked": [_POINTER] * 3 + [_COUNT],
     "max_pool": [_POINTER] * 2 + [_COUNT] * 6 + [_POINTER, _FLAG],
+    "mean": [_POINTER] * 2 + [_COUNT] * 3 + [_REAL] * 3 + [_FLAG],
     "quantize": [_POINTER] * 2 + [_COUNT] + [_REAL] * 4,
     "quantize_dynamic": [_POINTER] * 2 + [_COUNT, _FLAG] + [_POINTER] * 2,
 }

@@ -82,3 +82,28 @@ EXPORT void eagerq_max_pool(const u8 *x, u8 *out, i64 batch, i64 height, i64 wid
                 if (first) memset(to, is_signed ? 0x80 : 0, channels); /* nothing but padding */
             }
 }
+
+enum { WIDE = 256 }; /* channels at a time */
+
+CLONES static void total_block(const u8 *restrict x, int32_t *restrict total, i64 pixels, i64 channels, i64 n, u8 flip) {
+    for (i64 c = 0; c < n; c++) total[c] = 0;
+    for (i64 pixel = 0; pixel < pixels; pixel++, x += channels)
+        for (i64 c = 0; c < n; c++) total[c] += x[c] ^ flip;
+}
+
+/* [batch, pixels, channels] -> [batch, channels]: round(sum of (x - zero) / pixels + zero), the sum exact */
+EXPORT void eagerq_mean(const u8 *x, u8 *out, i64 batch, i64 pixels, i64 channels, float zero, float low, float high,
+                        int is_signed) {
+    const i64 blocks = (channels + WIDE - 1) / WIDE;
+#pragma omp parallel for collapse(2) schedule(static) if (batch * pixels * channels > 4 * BLOCK)
+    for (i64 image = 0; image < batch; image++)
+        for (i64 block = 0; block < blocks; block++) {
+            const i64 at = block * WIDE, n = channels - at < WIDE ? channels - at : WIDE;
+            int32_t total[WIDE];
+            total_block(x + image * pixels * channels + at, total, pixels, channels, n, is_signed ? 0x80 : 0);
+            const float shift = ((is_signed ? 128.0f : 0.0f) + zero) * (float)pixels;
+            u8 *to = out + image * channels + at;
+            for (i64 c = 0; c < n; c++)
+                to[c] = stored(rintf(((float)total[c] - shift) / (float)pixels + zero), low, high);
+        }
+}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eagerq.native.library import LIBRARY, Pair, available
 from eagerq.native.recording import recorded
 
-__all__ = ["add", "fake_quantize", "masked", "max_pool", "quantize", "serves"]
+__all__ = ["add", "fake_quantize", "masked", "max_pool", "quantize", "serves", "spatial_mean"]
 
 _BYTES = (torch.uint8, torch.int8)
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -133,6 +133,21 @@ def max_pool(
     """Largest integer of each window of ``[N, C, H, W]`` with channels last in memory; ``size`` of the result."""
     out = torch.empty((*x.shape[:2], *size), dtype=x.dtype, memory_format=torch.channels_last)
     _, call, rest = _pool_binding(x, taps, strides, pads, steps, size)
+    call(x.data_ptr(), out.data_ptr(), *rest)
+    return out
+
+
+def _mean_binding(x: Tensor, zero_point: int, low: int, high: int) -> tuple[Any, ...]:
+    batch, channels, height, width = x.shape
+    rest = (batch, height * width, channels, zero_point, low, high, x.dtype is torch.int8)
+    return (x,), LIBRARY.eagerq_mean, rest
+
+
+@recorded(_mean_binding)
+def spatial_mean(x: Tensor, zero_point: int, low: int, high: int) -> Tensor:
+    """Averages of ``[N, C, H, W]`` with channels last in memory, ``[N, C, 1, 1]``, rounded to its own integers."""
+    out = torch.empty((*x.shape[:2], 1, 1), dtype=x.dtype, memory_format=torch.channels_last)
+    _, call, rest = _mean_binding(x, zero_point, low, high)
     call(x.data_ptr(), out.data_ptr(), *rest)
     return out
 

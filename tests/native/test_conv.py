@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,14 @@ pytestmark = pytest.mark.skipif(not native.conv_ready(), reason="no compiler at 
 
 # around the widths of vectors and of blocks of them
 WIDTHS = st.sampled_from([1, 3, 4, 15, 16, 24, 32, 33, 48, 64, 65, 80, 129, 144, 193])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_tiles() -> Iterator[None]:
+    """As on processors where nothing is left to oneDNN for speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_conv, "tiles", lambda: False)
+        yield
 
 
 def odd_zero_points(call: Call, data: st.DataObject) -> Call:
@@ -152,3 +161,13 @@ def test_parameters_replaced(name: str) -> None:
 )
 def test_declined(changed: Call) -> None:
     assert native_conv.conv(*simple_call(**changed).values()) is NotImplemented
+
+
+def test_much_is_left_to_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_conv, "tiles", lambda: True)
+    small, large = simple_call(), simple_call(x=torch.ones(2, 8, 300, 300, dtype=torch.uint8))
+    assert native_conv.conv(*small.values()) is not NotImplemented
+    assert native_conv.conv(*large.values()) is NotImplemented
+    # oneDNN knows no zero points of weights
+    large["weight_zero_point"][1] = 3
+    assert torch.equal(native_conv.conv(*large.values()), expected(large))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import eagerq
 from eagerq import native
 from eagerq.functional import fake_quantize
 from eagerq.kernels import pooling, reference
@@ -138,3 +141,39 @@ def test_layout_stays() -> None:
     assert q.stride() == x.stride()
     assert torch.equal(q, reference.quantize(x, *output))
     assert native.add(q, 0.1, 100, q, 0.1, 100, *output).stride() == x.stride()
+
+
+@given(
+    st.tuples(*map(st.integers, (1,) * 4, (3, 300, 9, 9))),
+    DTYPES,
+    st.integers(0, 255),
+    st.sampled_from([(2, 3), (3, 2), (-1, -2), [2, -1]]),
+    st.booleans(),
+)
+def test_average_over_space(shape: tuple[int, ...], dtype: Any, zero_point: int, axes: Any, keepdim: bool) -> None:
+    low, high = limits(dtype)
+    zero_point += low
+    x = integers(math.prod(shape), dtype, 3).reshape(shape).contiguous(memory_format=torch.channels_last)
+    q = eagerq.QTensor(x, 0.1, zero_point)
+    for result, keeps in ((F.adaptive_avg_pool2d(q, 1), True), (q.mean(axes, keepdim), keepdim)):
+        average = (x.float() - zero_point).mean(axes, keeps).add(zero_point).round().clamp(low, high)
+        assert result.int_repr().dtype is dtype
+        assert torch.equal(result.int_repr(), average.to(dtype))
+    found = pooling.global_average(torch.mean, x, zero_point, (axes,), {"keepdim": keepdim})
+    assert found is not NotImplemented
+
+
+@pytest.mark.parametrize(
+    ("func", "args", "kwargs"),
+    [
+        (torch.mean, (), {}),
+        (torch.mean, (1,), {}),
+        (torch.mean, ((1, 2),), {}),
+        (torch.mean, ((2, 3),), {"dtype": torch.float64}),
+        (F.adaptive_avg_pool2d, (2,), {}),
+        (F.avg_pool2d, (1,), {}),
+    ],
+)
+def test_other_averages_are_declined(func: Any, args: Any, kwargs: Any) -> None:
+    x = torch.zeros(2, 3, 4, 4, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    assert pooling.global_average(func, x, 0, args, kwargs) is NotImplemented
