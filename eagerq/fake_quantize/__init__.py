@@ -1,5 +1,6 @@
 """Fake quantizers: modules that round as int8 would, for training."""
 
+from eagerq.fake_quantize.base import FakeQuantizeBase
 from eagerq.fake_quantize.defaults import (
     default_affine_fixed_qparams_fake_quant,
     default_dynamic_fake_quant,
@@ -21,7 +22,6 @@ from eagerq.fake_quantize.defaults import (
 from eagerq.fake_quantize.learnable import LearnableFakeQuantize
 from eagerq.fake_quantize.modules import (
     FakeQuantize,
-    FakeQuantizeBase,
     FixedQParamsFakeQuantize,
     FusedMovingAvgObsFakeQuantize,
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eagerq.checkpoint import unbundle
 from eagerq.errors import InvalidConfigError
-from eagerq.fake_quantize.modules import FakeQuantizeBase
+from eagerq.fake_quantize.base import FakeQuantizeBase
 from eagerq.functional import fake_quantize_learnable
 from eagerq.observer import MovingAverageMinMaxObserver
 from eagerq.scheme import integer_type, sharing

@@ -1,26 +1,24 @@
-"""Fake quantizers: modules that round values as int8 would, while everything stays in float.
-
-Their switches live in the buffers ``fake_quant_enabled`` and ``observer_enabled``, as checkpoints of
-``torch.ao.quantization`` have them, mirrored by plain attributes so that ``forward`` never reads the
-device.  A change made directly to a buffer is noticed by its version counter at the next eager call;
-a compiled model follows :func:`enable_observer` and its kin.
-"""
+"""Fake quantizers: modules that round values as int8 would, while everything stays in float."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from eagerq.checkpoint import UpgradingModule, bad_qparams
+from eagerq.checkpoint import bad_qparams
 from eagerq.errors import InvalidConfigError
+from eagerq.fake_quantize.base import FakeQuantizeBase
 from eagerq.functional import (
+    Rounding,
+    Running,
     can_update_natively,
+    channel_shape,
     fake_quantize,
     min_max,
+    round_in_c,
     training_qparams,
     update_natively,
 )
@@ -30,101 +28,9 @@ from eagerq.observer import (
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
 )
-from eagerq.observer.base import _WithArgs
 from eagerq.scheme import integer_type, sharing
 
-__all__ = [
-    "FakeQuantize",
-    "FakeQuantizeBase",
-    "FixedQParamsFakeQuantize",
-    "FusedMovingAvgObsFakeQuantize",
-]
-
-
-class FakeQuantizeBase(_WithArgs, ABC, UpgradingModule):
-    """Base of the fake quantizers: two switches, for rounding and for observing, both on at first."""
-
-    fake_quant_enabled: Tensor
-    observer_enabled: Tensor
-    _switch_dtype = torch.uint8  # NCCL takes no bool
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._fake_quant_on = self._observer_on = True
-        self._seen: dict[str, tuple[Tensor, int]] = {}
-        for name in ("fake_quant_enabled", "observer_enabled"):
-            self.register_buffer(name, torch.ones(1, dtype=self._switch_dtype))
-            self._set_switch(name, True)
-
-    @abstractmethod
-    def forward(self, x: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]: ...
-
-    def qparams_in_use(self) -> tuple[Tensor, Tensor]:
-        """The scale and zero point that ``forward`` rounds with; what ``convert(as_trained=True)`` keeps."""
-        return self.calculate_qparams()
-
-    def enable_fake_quant(self, enabled: bool = True) -> None:
-        """Round values in ``forward`` from now on."""
-        self._set_switch("fake_quant_enabled", enabled)
-        self._fake_quant_on = enabled
-
-    def disable_fake_quant(self) -> None:
-        """Let values pass unrounded from now on."""
-        self.enable_fake_quant(False)
-
-    def enable_observer(self, enabled: bool = True) -> None:
-        """Update statistics and parameters in ``forward`` from now on."""
-        self._set_switch("observer_enabled", enabled)
-        self._observer_on = enabled
-
-    def disable_observer(self) -> None:
-        """Keep statistics and parameters as they are from now on."""
-        self.enable_observer(False)
-
-    def _set_switch(self, name: str, enabled: bool) -> None:
-        buffer = self._buffers[name]
-        assert buffer is not None
-        buffer.fill_(int(enabled))
-        self._remember(name, buffer)
-
-    def _remember(self, name: str, buffer: Tensor) -> None:
-        self._seen[name] = (buffer, -1 if buffer.is_inference() else buffer._version)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": {}}  # the buffers of a copy count their versions anew
-
-    def _changed(self, name: str) -> Tensor | None:
-        """The switch's buffer, if somebody replaced it or wrote to it since we last looked."""
-        buffer = self._buffers[name]
-        seen, version = self._seen.get(name, (None, -1))
-        if buffer is None or buffer.is_meta:
-            return None
-        if buffer is seen and not buffer.is_inference() and buffer._version == version:
-            return None
-        self._remember(name, buffer)
-        return buffer
-
-    def _read_switches(self) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if (buffer := self._changed("fake_quant_enabled")) is not None:
-            self._fake_quant_on = bool(buffer.item())
-        if (buffer := self._changed("observer_enabled")) is not None:
-            self._observer_on = bool(buffer.item())
-
-    def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
-        super()._upgrade_state(state, prefix, version)
-        for name in ("fake_quant_enabled", "observer_enabled"):
-            value = state.get(prefix + name)
-            if isinstance(value, Tensor) and not value.is_floating_point():
-                state[prefix + name] = value.to(self._switch_dtype)  # classes differ in the width
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._read_switches()  # compiled code will not look at the buffers
+__all__ = ["FakeQuantize", "FixedQParamsFakeQuantize", "FusedMovingAvgObsFakeQuantize"]
 
 
 class FakeQuantize(FakeQuantizeBase):
@@ -221,18 +127,43 @@ class FakeQuantize(FakeQuantizeBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float tensor of any shape to the same shape and dtype."""
+        return self._forward(x, None)
+
+    def scaled(self, x: Tensor, factor: Tensor) -> Tensor:
+        """As ``self(x·factor)``, with a factor for each index of axis 0, in fewer passes over ``x``."""
+        return self._forward(x, factor)
+
+    def _forward(self, x: Tensor, factor: Tensor | None) -> Tensor:
         self._read_switches()
+        eager = not torch.compiler.is_compiling()
+        if eager and self._fake_quant_on and (rounded := self._in_one_go(x, factor)) is not None:
+            return rounded
+        if factor is not None:
+            x = x * factor.reshape(channel_shape(x.dim(), 0))
         qparams = self.scale, self.zero_point
         if self._observer_on:
-            if torch.compiler.is_compiling():
-                qparams = self._observe(x)
-            else:  # what a first evaluation allocates has to serve the training that follows
+            if eager:  # what a first evaluation allocates has to serve the training that follows
                 with torch.inference_mode(self.scale.is_inference()):
                     qparams = self._observe(x)
+            else:
+                qparams = self._observe(x)
         if self._fake_quant_on:
             axis = self.ch_axis if self.is_per_channel else None
             x = fake_quantize(x, *qparams, self.quant_min, self.quant_max, axis)
         return x
+
+    def _in_one_go(self, x: Tensor, factor: Tensor | None) -> Tensor | None:
+        running = self._running() if self._observer_on else None
+        if (self._observer_on and running is None) or (self.is_per_channel and self.ch_axis != 0):
+            return None
+        if factor is not None and not self.is_per_channel:
+            return None
+        to = Rounding(self.scale, self.zero_point, self.quant_min, self.quant_max, self.is_per_channel, running)
+        return round_in_c(x, to, factor)
+
+    def _running(self) -> Running | None:
+        """The range that scale and zero point follow by the formula of fused kernels, if they do."""
+        return None
 
     def extra_repr(self) -> str:
         return (
@@ -356,6 +287,10 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         numbers = observer.averaging_constant, self.quant_min, self.quant_max, self.is_symmetric_quant
         scale, zero_point = averaged_qparams(x.detach(), *buffers, *numbers, axis)
         return scale, zero_point
+
+    def _running(self) -> Running | None:
+        observer = self.activation_post_process
+        return Running(observer.min_val, observer.max_val, observer.averaging_constant, self.is_symmetric_quant)
 
     def _training_qparams(self) -> tuple[Tensor, Tensor]:
         observer = self.activation_post_process

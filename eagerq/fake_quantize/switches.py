@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from eagerq.fake_quantize.modules import FakeQuantizeBase
+from eagerq.fake_quantize.base import FakeQuantizeBase
 
 __all__ = ["disable_fake_quant", "disable_observer", "enable_fake_quant", "enable_observer"]
 

@@ -6,6 +6,8 @@ per-channel ones ``[channels]``.
 """
 
 from eagerq.functional.folding import fold_transposed
+from eagerq.functional.in_c import Rounding, Running, relu_, round_in_c
+from eagerq.functional.normalizing import Norm, batch_norm_of_scaled
 from eagerq.functional.qparams import (
     affine_qparams,
     channel_shape,
@@ -29,8 +31,15 @@ __all__ = [
     "moving_average",
     "symmetric_qparams",
     "training_qparams",
-    # folding
+    # batch norm
+    "Norm",
+    "batch_norm_of_scaled",
     "fold_transposed",
+    # several steps at once, in C
+    "Rounding",
+    "Running",
+    "relu_",
+    "round_in_c",
     # rounding
     "fake_quantize",
     "fake_quantize_learnable",

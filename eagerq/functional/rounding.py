@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagerq import native
+from eagerq.functional.in_c import Rounding, round_in_c
 from eagerq.functional.qparams import channel_shape
 
 __all__ = ["fake_quantize", "fake_quantize_learnable", "training_integers"]
@@ -55,47 +55,6 @@ class _FakeQuantize(torch.autograd.Function):
         return grad * inside, None, None, None, None, None
 
 
-def _in_c(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
-    return (
-        x.dtype is scale.dtype is torch.float32
-        and zero_point.dtype is torch.int32
-        and scale.device.type == zero_point.device.type == "cpu"
-        and scale.numel() == zero_point.numel() == 1
-        and native.serves(x)
-    )
-
-
-class _NativeFakeQuantize(torch.autograd.Function):
-    """As :class:`_FakeQuantize` with one scale, in one pass of C, keeping a bit for each value."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-        out, inside = native.fake_quantize(x, scale, zero_point, quant_min, quant_max, ctx.needs_input_grad[0])
-        ctx.inside = inside
-        ctx.layout = x.stride()
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        return _Masked.apply(grad, ctx.inside, ctx.layout), None, None, None, None
-
-
-class _Masked(torch.autograd.Function):
-    """A gradient where a value was inside; linear, so that it can be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, inside: Tensor, layout: tuple[int, ...]) -> Tensor:
-        ctx.inside, ctx.layout = inside, layout
-        if grad.stride() != layout or not native.serves(grad):
-            grad = torch.empty_strided(grad.shape, layout).copy_(grad)
-        return native.masked(grad, inside)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _Masked.apply(grads[0], ctx.inside, ctx.layout), None, None
-
-
 _NATIVE_PER_TENSOR = getattr(torch, "fake_quantize_per_tensor_affine", None)
 
 
@@ -129,9 +88,10 @@ def fake_quantize(
     if axis is None and _NATIVE_PER_TENSOR is not None and x.dtype is torch.float32 and x.device.type != "cpu":
         out: Tensor = _NATIVE_PER_TENSOR(x, scale, zero_point, quant_min, quant_max)
         return out
-    if axis is None and _in_c(x, scale, zero_point):
-        real: Tensor = _NativeFakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)
-        return real
+    if axis is None or axis == 0:
+        rounded = round_in_c(x, Rounding(scale, zero_point, quant_min, quant_max, rows=axis == 0))
+        if rounded is not None:
+            return rounded
     if axis is not None:
         shape = channel_shape(x.dim(), axis)
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)

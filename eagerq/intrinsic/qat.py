@@ -6,15 +6,18 @@ from collections.abc import MutableMapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from eagerq import native
 from eagerq.checkpoint import UpgradingModule, rename
-from eagerq.functional import channel_shape
+from eagerq.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
+from eagerq.functional import Norm, batch_norm_of_scaled, channel_shape
 from eagerq.intrinsic import fused
 from eagerq.kernels.dispatch import Kernel
 from eagerq.nn.qat import Conv1d, Conv2d, Conv3d, Linear
-from eagerq.nn.qat.base import QATMixin
+from eagerq.nn.qat.base import QATMixin, is_plain
 from eagerq.nn.qat.conv import ConvQAT
 from eagerq.nn.qat.linear import LinearQAT
 
@@ -117,17 +120,65 @@ class BatchNormMixin(QATMixin):
         return factor
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = self._fold_factor()
+        folded = self._fold_factor()
         # a channel that the batch norm multiplies by zero still has statistics and gradients
-        factor = torch.where(factor == 0, 1.0, factor)
-        weight = self.weight  # once, since parametrizations compute it
-        dim = weight.dim()
-        weight = self.weight_fake_quant(weight * factor.reshape(channel_shape(dim, 0)))
-        shape = channel_shape(dim, 1)
-        y = self._affine(x, weight, None) / factor.reshape(shape)
-        if self.bias is not None:
-            y = y + self.bias.reshape(shape)
-        return self._activated(self.bn(y))
+        factor = torch.where(folded == 0, 1.0, folded)
+        weight = self._scaled_weight(factor)
+        if not self._bn_is_plain(factor):
+            return self._by_the_book(self._affine(x, weight, None), factor)
+        if not self.bn.training:
+            return self._frozen(x, weight, factor, folded)
+        return self._trained(self._affine(x, weight, None), factor)
+
+    def _by_the_book(self, y: Tensor, factor: Tensor) -> Tensor:
+        shape = channel_shape(y.dim(), 1)
+        y = y / factor.reshape(shape)
+        y = self.bn(y if self.bias is None else y + self.bias.reshape(shape))
+        return F.relu(y) if self.post_op == "relu" else y
+
+    def _scaled_weight(self, factor: Tensor) -> Tensor:
+        weight: Tensor = self.weight  # once, since parametrizations compute it
+        rounded: Any = self.weight_fake_quant
+        if is_plain(rounded, FakeQuantize, FusedMovingAvgObsFakeQuantize):
+            scaled: Tensor = rounded.scaled(weight, factor)
+        else:
+            scaled = rounded(weight * factor.reshape(channel_shape(weight.dim(), 0)))
+        return scaled
+
+    def _bn_is_plain(self, factor: Tensor) -> bool:
+        """Whether the batch norm can be computed another way, with the same result."""
+        bn = self.bn
+        return (
+            not torch.compiler.is_compiling()
+            and is_plain(bn, _BATCH_NORMS[self.weight.dim()])
+            and bn.affine
+            and bn.running_mean is not None
+            and factor.dtype is torch.float32
+        )
+
+    def _frozen(self, x: Tensor, weight: Tensor, factor: Tensor, folded: Tensor) -> Tensor:
+        """By the running statistics: all that is left of the batch norm is the layer's bias."""
+        bn = self.bn
+        shift = -bn.running_mean if self.bias is None else self.bias - bn.running_mean
+        if not native.serves(folded) or not folded.all():  # no other device is waited for
+            weight = weight * (folded / factor).reshape(channel_shape(weight.dim(), 0))
+        return self._activated(self._affine(x, weight, torch.addcmul(bn.bias, shift, folded)))
+
+    def _trained(self, y: Tensor, factor: Tensor) -> Tensor:
+        """By the batch's statistics, which become part of the running ones."""
+        bn, out = self.bn, None
+        # with a bias the values' own rounding is seen in the mean; of one value the batch norm says it is too few
+        if self.bias is None and y.numel() > y.shape[1]:
+            pace = bn.momentum
+            if pace is None:
+                pace = 1.0 / (1 + int(bn.num_batches_tracked))
+            norm = Norm(bn.running_mean, bn.running_var, bn.eps, pace)
+            out = batch_norm_of_scaled(y, factor, bn.weight, bn.bias, norm, self.post_op == "relu")
+        if out is None:
+            return self._by_the_book(y, factor)
+        with torch.no_grad():
+            bn.num_batches_tracked.add_(1)
+        return out
 
     def folded(self, as_trained: bool) -> tuple[Tensor, Tensor]:
         """Weight and bias with the batch norm folded in.

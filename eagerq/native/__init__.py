@@ -3,28 +3,42 @@
 from eagerq.native.conv import PackedConv, conv, conv_ready, linear
 from eagerq.native.embedding import embedding, embedding_bag
 from eagerq.native.layers import dequantize, layer_norm, look_up, quantize_dynamic
-from eagerq.native.library import available
-from eagerq.native.pointwise import add, fake_quantize, masked, max_pool, quantize, serves, spatial_mean
+from eagerq.native.library import available, serves
+from eagerq.native.normalizing import Batch, Norm, batch_norm, batch_norm_backward, norms
+from eagerq.native.pointwise import add, max_pool, quantize, spatial_mean
 from eagerq.native.recording import recording
+from eagerq.native.training import Rounding, Running, fake_quantize, masked, masked_rows, rectify_
 
 __all__ = [
+    # whether
+    "available",
+    "serves",
+    # integers
     "PackedConv",
     "add",
-    "available",
     "conv",
     "conv_ready",
     "dequantize",
     "embedding",
     "embedding_bag",
-    "fake_quantize",
     "layer_norm",
     "linear",
     "look_up",
-    "masked",
     "max_pool",
     "quantize",
     "quantize_dynamic",
     "recording",
-    "serves",
     "spatial_mean",
+    # training
+    "Batch",
+    "Norm",
+    "Rounding",
+    "Running",
+    "batch_norm",
+    "batch_norm_backward",
+    "fake_quantize",
+    "masked",
+    "masked_rows",
+    "norms",
+    "rectify_",
 ]

@@ -26,4 +26,14 @@ typedef uint8_t u8;
 #define BLOCKS(n) (((n) + BLOCK - 1) / BLOCK)
 #define SPAN(block, n) ((n) - (block) * (i64)BLOCK < BLOCK ? (n) - (block) * (i64)BLOCK : BLOCK)
 
+/* n bytes of 0 or 1, with room for eight more, to as many bits. */
+static inline void pack(u8 *restrict flags, u8 *restrict bits, i64 n) {
+    for (int k = 0; k < 8; k++) flags[n + k] = 0;
+    for (i64 i = 0; i < n; i += 8) {
+        uint64_t eight;
+        memcpy(&eight, flags + i, 8);
+        bits[i / 8] = (u8)((eight * 0x0102040810204080ull) >> 56);
+    }
+}
+
 #endif

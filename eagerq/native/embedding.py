@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagerq.native.library import LIBRARY
-from eagerq.native.pointwise import serves
+from eagerq.native.library import LIBRARY, serves
 from eagerq.native.recording import recorded
 
 __all__ = ["embedding", "embedding_bag"]

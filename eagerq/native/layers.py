@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagerq.native.library import LIBRARY
-from eagerq.native.pointwise import serves
+from eagerq.native.library import LIBRARY, serves
 from eagerq.native.recording import recorded
 
 __all__ = ["dequantize", "layer_norm", "look_up", "quantize_dynamic"]

@@ -8,7 +8,10 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LIBRARY", "Conv", "Layer", "Pair", "available"]
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LIBRARY", "Conv", "Layer", "Pair", "Quantizer", "available", "serves"]
 
 
 class Pair(ctypes.Structure):
@@ -38,6 +41,16 @@ class Layer(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "sums", "zeros", "scale", "bias")]
 
 
+class Quantizer(ctypes.Structure):
+    """Where a fake quantizer's parameters are, and the running range that they follow from, if it observes."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("scale", "zero", "low", "high")),
+        ("constant", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("quant_min", "quant_max", "symmetric")),
+    ]
+
+
 _POINTER, _COUNT, _FLAG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "add": [_POINTER] * 3 + [_COUNT, ctypes.POINTER(Pair)],
@@ -46,18 +59,23 @@ _SIGNATURES: dict[str, list[Any]] = {
     "embedding_bag": [_POINTER] * 3 + [_COUNT, _POINTER, _COUNT, _FLAG, _POINTER],
     "conv": [_POINTER] * 4,
     "depthwise": [_POINTER] * 4,
-    "fake_quantize": [_POINTER] * 3 + [_COUNT] + [_POINTER] * 2 + [_REAL] * 2,
     "layer_norm": [_POINTER] * 2 + [_COUNT, _POINTER],
     "linear": [_POINTER] * 4,
     "look_up": [_POINTER] * 3 + [_COUNT],
+    "batch_norm": [_POINTER] * 4,
+    "batch_norm_backward": [_POINTER] * 8,
+    "fake_quantize": [_POINTER] * 3 + [_COUNT, ctypes.POINTER(Quantizer)],
+    "fake_quantize_rows": [_POINTER] * 4 + [_COUNT] * 2 + [ctypes.POINTER(Quantizer)],
     "masked": [_POINTER] * 3 + [_COUNT],
+    "masked_rows": [_POINTER] * 6 + [_COUNT] * 2,
     "max_pool": [_POINTER] * 2 + [_COUNT] * 6 + [_POINTER, _FLAG],
     "mean": [_POINTER] * 2 + [_COUNT] * 3 + [_REAL] * 3 + [_FLAG],
+    "rectify": [_POINTER] * 2 + [_COUNT],
     "quantize": [_POINTER] * 2 + [_COUNT] + [_REAL] * 4,
     "quantize_dynamic": [_POINTER] * 2 + [_COUNT, _FLAG] + [_POINTER] * 2,
 }
 # those that tell whether they refused
-_ANSWERING = ("embedding", "embedding_bag", "quantize_dynamic")
+_ANSWERING = ("embedding", "embedding_bag", "fake_quantize", "fake_quantize_rows", "quantize_dynamic")
 
 
 def _load() -> Any:
@@ -83,3 +101,26 @@ def _load() -> Any:
 LIBRARY: Any = _load()
 available: bool = LIBRARY is not None
 """Whether the library is there; everything works without it, more slowly."""
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether the values lie in memory without gaps, whatever their order."""
+    if x.is_contiguous():
+        return True
+    if x.dim() in _FORMATS:
+        return x.is_contiguous(memory_format=_FORMATS[x.dim()])
+    return x.dim() == 3 and x.transpose(1, 2).is_contiguous()
+
+
+def serves(x: Tensor) -> bool:
+    """Whether ``x`` can be read through its address: a plain, dense CPU tensor, seen eagerly."""
+    return (
+        available
+        and x.device.type == "cpu"
+        and type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and _dense(x)
+    )

@@ -7,36 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from eagerq.native.library import LIBRARY, Pair, available
+from eagerq.native.library import LIBRARY, Pair, serves
 from eagerq.native.recording import recorded
 
-__all__ = ["add", "fake_quantize", "masked", "max_pool", "quantize", "serves", "spatial_mean"]
+__all__ = ["add", "max_pool", "quantize", "spatial_mean"]
 
 _BYTES = (torch.uint8, torch.int8)
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _dense(x: Tensor) -> bool:
-    """Whether the values lie in memory without gaps, whatever their order."""
-    if x.is_contiguous():
-        return True
-    if x.dim() in _FORMATS:
-        return x.is_contiguous(memory_format=_FORMATS[x.dim()])
-    return x.dim() == 3 and x.transpose(1, 2).is_contiguous()
-
-
-def serves(x: Tensor) -> bool:
-    """Whether ``x`` can be read through its address: a plain, dense CPU tensor, seen eagerly."""
-    return (
-        available
-        and x.device.type == "cpu"
-        and type(x) in (Tensor, nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and _dense(x)
-    )
 
 
 def _add_binding(
@@ -149,29 +127,4 @@ def spatial_mean(x: Tensor, zero_point: int, low: int, high: int) -> Tensor:
     out = torch.empty((*x.shape[:2], 1, 1), dtype=x.dtype, memory_format=torch.channels_last)
     _, call, rest = _mean_binding(x, zero_point, low, high)
     call(x.data_ptr(), out.data_ptr(), *rest)
-    return out
-
-
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, mask: bool
-) -> tuple[Tensor, Tensor | None]:
-    """``x`` (float32) rounded to the integers' values; and a bit for each value, whether it was inside the range.
-
-    Args:
-        scale: float32, one value; the C code reads it, so that no number has to reach Python.
-        zero_point: int32, one value.
-    """
-    out = torch.empty_like(x)
-    inside = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8) if mask else None
-    LIBRARY.eagerq_fake_quantize(
-        *(x.data_ptr(), out.data_ptr(), None if inside is None else inside.data_ptr(), x.numel()),
-        *(scale.data_ptr(), zero_point.data_ptr(), quant_min, quant_max),
-    )
-    return out, inside
-
-
-def masked(grad: Tensor, inside: Tensor) -> Tensor:
-    """``grad`` (float32) where the bit of ``inside`` is set, else zero."""
-    out = torch.empty_like(grad)
-    LIBRARY.eagerq_masked(grad.data_ptr(), inside.data_ptr(), out.data_ptr(), grad.numel())
     return out

@@ -1,54 +1,229 @@
 /* Fake quantization while training; numbers are those of eagerq.functional. */
+#include <stdlib.h>
+
 #include "common.h"
 
-/* Eight bytes of 0 or 1 to the bits of one. */
-static inline u8 packed(const u8 *flags) {
-    uint64_t eight;
-    memcpy(&eight, flags, 8);
-    return (u8)((eight * 0x0102040810204080ull) >> 56);
+enum { LANES = 64 };
+
+/* How rows are rounded: parameters of each (or of all), and the running ranges that they follow from. */
+typedef struct {
+    float *scale;
+    int32_t *zero;
+    float *low, *high; /* null where nothing is observed */
+    float constant;
+    int quant_min, quant_max, symmetric;
+} Quantizer;
+
+typedef struct { float low, high, scale; int32_t zero; } Fresh;
+
+/* Smallest and largest of n values; NaN in both if there is one. */
+CLONES static void range_of(const float *restrict x, i64 n, float *low, float *high) {
+    float least[LANES], most[LANES];
+    int strange[LANES], any = 0;
+    for (int k = 0; k < LANES; k++) least[k] = INFINITY, most[k] = -INFINITY, strange[k] = 0;
+    i64 whole = n / LANES * LANES;
+    for (i64 i = 0; i < whole; i += LANES)
+        for (int k = 0; k < LANES; k++) {
+            float v = x[i + k];
+            least[k] = v < least[k] ? v : least[k];
+            most[k] = v > most[k] ? v : most[k];
+            strange[k] |= v != v;
+        }
+    for (i64 i = whole; i < n; i++) {
+        float v = x[i];
+        least[0] = v < least[0] ? v : least[0];
+        most[0] = v > most[0] ? v : most[0];
+        strange[0] |= v != v;
+    }
+    for (int k = 1; k < LANES; k++) {
+        least[0] = least[k] < least[0] ? least[k] : least[0];
+        most[0] = most[k] > most[0] ? most[k] : most[0];
+    }
+    for (int k = 0; k < LANES; k++) any |= strange[k];
+    *low = any ? NAN : least[0];
+    *high = any ? NAN : most[0];
 }
 
-/* out = (clamp(round(x * inverse) + zero) - zero) * scale; bit i of mask tells whether x[i] was inside */
-CLONES static void fake_block(const float *restrict x, float *restrict out, u8 *restrict mask, i64 n, float inverse,
+/* eagerq.functional.training_qparams */
+static void choose(float low, float high, const Quantizer *q, Fresh *f) {
+    const float smallest = 6.1e-5f;
+    const int least = q->quant_min, most = q->quant_max, span = most - least;
+    if (!(low < INFINITY)) {
+        f->scale = 1.0f, f->zero = 0;
+        return;
+    }
+    low = low < 0 ? low : 0.0f;
+    high = high > 0 ? high : 0.0f;
+    const int two_sided = low < 0 && high > 0;
+    if (q->symmetric && two_sided) {
+        const float below = -(float)(span / 2 + 1), above = (float)(span / 2);
+        const float one = fabsf(low / below), other = fabsf(high / above);
+        const double widest = one > other ? one : other;
+        low = (float)(widest * below);
+        high = (float)(widest * above);
+    }
+    float scale = (float)(((double)high - (double)low) / span);
+    if (isinf(1.0f / scale)) scale = 0.1f;
+    const float floor = scale < smallest ? smallest : scale, stretch = floor / scale;
+    const double steps_below = (double)(low * stretch) / floor, steps_above = (double)(high * stretch) / floor;
+    const int from_low = abs(least) + fabs(steps_below) < abs(most) + fabs(steps_above);
+    double zero = from_low ? least - steps_below : most - steps_above;
+    if (q->symmetric && two_sided) zero = (least + most) / 2.0;
+    zero = zero < least ? least : zero > most ? most : zero;
+    f->scale = floor;
+    f->zero = (int32_t)rint(zero);
+}
+
+static float averaged(float old, float new, float constant) {
+    return isinf(old) ? new : old + constant * (new - old);
+}
+
+/* What becomes of one row's parameters; 0 for a range that is not finite. */
+static int observe(const Quantizer *q, i64 row, float low, float high, Fresh *f) {
+    if (!(high - low < INFINITY)) return 0;
+    f->low = averaged(q->low[row], low, q->constant);
+    f->high = averaged(q->high[row], high, q->constant);
+    choose(f->low, f->high, q, f);
+    return 1;
+}
+
+static void commit(const Quantizer *q, i64 rows, const Fresh *fresh) {
+    for (i64 row = 0; row < rows; row++) {
+        q->low[row] = fresh[row].low, q->high[row] = fresh[row].high;
+        q->scale[row] = fresh[row].scale, q->zero[row] = fresh[row].zero;
+    }
+}
+
+/* out = (clamp(round(x·factor · inverse) + zero) - zero) · scale; bit i of mask tells whether i was inside */
+CLONES static void fake_block(const float *restrict x, float factor, float *restrict out, u8 *restrict mask, i64 n,
                               float scale, float zero, float low, float high) {
+    const float inverse = 1.0f / scale;
     u8 inside[BLOCK + 8];
     for (i64 i = 0; i < n; i++) {
-        float steps = rintf(x[i] * inverse) + zero;
+        float steps = rintf(x[i] * factor * inverse) + zero;
         float kept = steps < low ? low : steps;
         kept = kept > high ? high : kept;
         inside[i] = kept == steps;
         out[i] = (kept - zero) * scale;
     }
-    if (!mask) return;
-    memset(inside + n, 0, (u8)(-n & 7));
-    for (i64 i = 0; i < n; i += 8) mask[i / 8] = packed(inside + i);
+    if (mask) pack(inside, mask, n);
 }
 
-EXPORT void eagerq_fake_quantize(const float *x, float *out, u8 *mask, i64 n, const float *scale_at,
-                                 const int32_t *zero_at, float low, float high) {
-    const float scale = *scale_at, inverse = 1.0f / scale, zero = (float)*zero_at;
+/* All of x by one scale. Returns 0, with nothing changed, if the range observed is not finite. */
+EXPORT int eagerq_fake_quantize(const float *x, float *out, u8 *mask, i64 n, const Quantizer *q) {
+    Fresh fresh = {0, 0, *q->scale, *q->zero};
+    if (q->low) {
+        float low = INFINITY, high = -INFINITY;
+        int strange = 0;
+#pragma omp parallel for schedule(static) reduction(min : low) reduction(max : high) reduction(| : strange) \
+    if (n > 2 * BLOCK)
+        for (i64 block = 0; block < BLOCKS(n); block++) {
+            float least, most;
+            range_of(x + block * (i64)BLOCK, SPAN(block, n), &least, &most);
+            strange |= least != least;
+            low = least < low ? least : low;
+            high = most > high ? most : high;
+        }
+        if (strange || !observe(q, 0, low, high, &fresh)) return 0;
+        commit(q, 1, &fresh);
+    }
 #pragma omp parallel for schedule(static) if (n > 2 * BLOCK)
     for (i64 block = 0; block < BLOCKS(n); block++) {
         i64 at = block * BLOCK;
-        fake_block(x + at, out + at, mask ? mask + at / 8 : 0, SPAN(block, n), inverse, scale, zero, low, high);
+        fake_block(x + at, 1.0f, out + at, mask ? mask + at / 8 : 0, SPAN(block, n), fresh.scale, (float)fresh.zero,
+                   (float)q->quant_min, (float)q->quant_max);
     }
+    return 1;
 }
 
-CLONES static void masked_block(const float *restrict grad, const u8 *restrict mask, float *restrict out, i64 n) {
-    i64 whole = n / 8 * 8;
-    for (i64 i = 0; i < whole; i += 8) {
-        uint32_t bits = mask[i / 8], words[8];
-        memcpy(words, grad + i, sizeof words);
-        for (int k = 0; k < 8; k++) words[k] &= 0u - ((bits >> k) & 1u);
-        memcpy(out + i, words, sizeof words);
+/* Each row of x·factor by its own scale; a row of the mask starts on a byte. Returns as above. */
+EXPORT int eagerq_fake_quantize_rows(const float *x, const float *factors, float *out, u8 *mask, i64 rows, i64 width,
+                                     const Quantizer *q) {
+    Fresh *fresh = q->low ? malloc(rows * sizeof *fresh) : 0;
+    if (q->low && !fresh) return 0;
+    const i64 bytes = (width + 7) / 8;
+    int finite = 1;
+#pragma omp parallel for schedule(static) reduction(& : finite) if (rows * width > 2 * BLOCK)
+    for (i64 row = 0; row < rows; row++) {
+        const float factor = factors ? factors[row] : 1.0f;
+        const float *from = x + row * width;
+        Fresh now = {0, 0, q->scale[row], q->zero[row]};
+        if (fresh) {
+            float low, high;
+            range_of(from, width, &low, &high);
+            low *= factor, high *= factor; /* rounding keeps the order, so these are the ends of the products */
+            finite &= factor < 0 ? observe(q, row, high, low, &now) : observe(q, row, low, high, &now);
+            fresh[row] = now;
+        }
+        for (i64 at = 0; at < width; at += BLOCK)
+            fake_block(from + at, factor, out + row * width + at, mask ? mask + row * bytes + at / 8 : 0,
+                       width - at < BLOCK ? width - at : BLOCK, now.scale, (float)now.zero, (float)q->quant_min,
+                       (float)q->quant_max);
     }
-    for (i64 i = whole; i < n; i++) out[i] = (mask[i / 8] >> (i % 8)) & 1 ? grad[i] : 0.0f;
+    if (fresh && finite) commit(q, rows, fresh);
+    free(fresh);
+    return finite;
+}
+
+/* out = grad · factor where the bit is set, else 0; returns the sum of grad · x there, if there is an x */
+CLONES static double masked_block(const float *restrict grad, const u8 *restrict mask, const float *restrict x,
+                                  float factor, float *restrict out, i64 n) {
+    float sums[16] = {0};
+    double sum = 0;
+    i64 whole = n / 16 * 16;
+    for (i64 i = 0; i < whole; i += 16) {
+        uint32_t bits = mask[i / 8] | (uint32_t)mask[i / 8 + 1] << 8, words[16];
+        float kept[16];
+        memcpy(words, grad + i, sizeof words);
+        for (int k = 0; k < 16; k++) words[k] &= 0u - ((bits >> k) & 1u);
+        memcpy(kept, words, sizeof kept);
+        if (x) for (int k = 0; k < 16; k++) sums[k] += kept[k] * x[i + k];
+        for (int k = 0; k < 16; k++) out[i + k] = kept[k] * factor;
+    }
+    for (i64 i = whole; i < n; i++) {
+        float kept = (mask[i / 8] >> (i % 8)) & 1 ? grad[i] : 0.0f;
+        if (x) sum += kept * x[i];
+        out[i] = kept * factor;
+    }
+    for (int k = 0; k < 16; k++) sum += sums[k];
+    return sum;
 }
 
 EXPORT void eagerq_masked(const float *grad, const u8 *mask, float *out, i64 n) {
 #pragma omp parallel for schedule(static) if (n > 2 * BLOCK)
     for (i64 block = 0; block < BLOCKS(n); block++) {
         i64 at = block * BLOCK;
-        masked_block(grad + at, mask + at / 8, out + at, SPAN(block, n));
+        masked_block(grad + at, mask + at / 8, 0, 1.0f, out + at, SPAN(block, n));
+    }
+}
+
+/* Gradients of eagerq_fake_quantize_rows for x and, if there are factors, for these. */
+EXPORT void eagerq_masked_rows(const float *grad, const u8 *mask, const float *x, const float *factors, float *out,
+                               float *of_factors, i64 rows, i64 width) {
+    const i64 bytes = (width + 7) / 8;
+#pragma omp parallel for schedule(static) if (rows * width > 2 * BLOCK)
+    for (i64 row = 0; row < rows; row++) {
+        i64 at = row * width;
+        double sum = masked_block(grad + at, mask + row * bytes, factors ? x + at : 0, factors ? factors[row] : 1.0f,
+                                  out + at, width);
+        if (factors) of_factors[row] = (float)sum;
+    }
+}
+
+CLONES static void rectify_block(float *x, u8 *restrict mask, i64 n) {
+    u8 above[BLOCK + 8];
+    for (i64 i = 0; i < n; i++) {
+        above[i] = !(x[i] <= 0);
+        x[i] = x[i] <= 0 ? 0.0f : x[i];
+    }
+    pack(above, mask, n);
+}
+
+/* max(x, 0) in place; bit i of mask tells whether i was above */
+EXPORT void eagerq_rectify(float *x, u8 *mask, i64 n) {
+#pragma omp parallel for schedule(static) if (n > 2 * BLOCK)
+    for (i64 block = 0; block < BLOCKS(n); block++) {
+        i64 at = block * BLOCK;
+        rectify_block(x + at, mask + at / 8, SPAN(block, n));
     }
 }

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 from torch.nn.utils.parametrize import (
     is_parametrized,
     transfer_parametrizations_and_params,
@@ -14,8 +15,9 @@ from torch.nn.utils.parametrize import (
 
 from eagerq.checkpoint import Unit
 from eagerq.errors import InvalidConfigError
+from eagerq.functional import relu_
 
-__all__ = ["QATMixin", "hand_over"]
+__all__ = ["QATMixin", "hand_over", "is_plain"]
 
 _Self = TypeVar("_Self", bound="QATMixin")
 
@@ -29,6 +31,15 @@ def hand_over(source: nn.Module, target: nn.Module, *names: str) -> None:
             transfer_parametrizations_and_params(source, target, name)
         else:
             setattr(target, name, getattr(source, name))
+
+
+def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does just what one of the classes says, so that the same may be had another way."""
+    return (
+        type(module) in classes
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and not (module._backward_pre_hooks or has_global_hook() or "forward" in module.__dict__)
+    )
 
 
 class QATMixin(Unit):
@@ -70,7 +81,11 @@ class QATMixin(Unit):
         raise NotImplementedError
 
     def _activated(self, y: Tensor) -> Tensor:
-        return F.relu(y) if self.post_op == "relu" else y
+        """``y``, which nobody else has seen, after the activation."""
+        if self.post_op != "relu":
+            return y
+        rectified = relu_(y)
+        return F.relu(y) if rectified is None else rectified
 
     def forward(self, x: Tensor) -> Tensor:
         return self._activated(self._affine(x, self.weight_fake_quant(self.weight), self.bias))

@@ -1,0 +1,84 @@
+"""Batch norm of scaled channels in C; see :mod:`eagerq.functional.normalizing`."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eagerq.native.library import LIBRARY, serves
+
+__all__ = ["Batch", "Norm", "batch_norm", "batch_norm_backward", "norms"]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "plane")),
+        *((name, ctypes.c_void_p) for name in ("factor", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("running_mean", "running_var", "mean", "inverse")),
+        *((name, ctypes.c_double) for name in ("eps", "pace")),
+    ]
+
+
+class Norm(NamedTuple):
+    """A batch norm's running statistics, ``[C]``, to be updated; and how."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+    pace: float
+
+
+class Batch(NamedTuple):
+    """What was normalised by: mean of each channel and the inverse of its spread; a bit where a ReLU let pass."""
+
+    mean: Tensor
+    inverse: Tensor
+    above: Tensor | None
+
+
+def norms(y: Tensor, vectors: list[Tensor]) -> bool:
+    """Whether C serves ``y`` ``[N, C, …]`` with these vectors ``[C]``: float32, a channel's values side by side."""
+    if y.dim() < 3 or y.dtype is not torch.float32 or not y.numel() or not y.is_contiguous() or not serves(y):
+        return False
+    return all(one.dtype is torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in vectors)
+
+
+def _norm(y: Tensor, *rest: Any) -> Any:
+    return ctypes.byref(_Norm(y.shape[0], y.shape[1], y[0, 0].numel(), *rest))
+
+
+def batch_norm(
+    y: Tensor,
+    factor: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm: Norm,
+    relu: bool,
+) -> tuple[Tensor, Batch]:
+    """Normalise ``y/factor`` by its own statistics, and let the running statistics follow."""
+    out = torch.empty_like(y)
+    mean, inverse = torch.empty_like(factor), torch.empty_like(factor)
+    planes, plane = y.shape[0] * y.shape[1], y[0, 0].numel()
+    above = torch.empty(planes * ((plane + 7) // 8), dtype=torch.uint8) if relu else None
+    addresses = [one.data_ptr() for one in (factor, weight, bias, norm.running_mean, norm.running_var, mean, inverse)]
+    mask = None if above is None else above.data_ptr()
+    LIBRARY.eagerq_batch_norm(y.data_ptr(), out.data_ptr(), mask, _norm(y, *addresses, norm.eps, norm.pace))
+    torch.autograd.graph.increment_version((norm.running_mean, norm.running_var))
+    return out, Batch(mean, inverse, above)
+
+
+def batch_norm_backward(
+    grad: Tensor, y: Tensor, factor: Tensor, weight: Tensor, batch: Batch, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for ``y``, ``factor``, ``weight`` and ``bias``."""
+    gradients = torch.empty_like(y), *(torch.empty_like(factor) for _ in range(3))
+    vectors = factor, weight, None, None, None, batch.mean, batch.inverse
+    addresses = [None if one is None else one.data_ptr() for one in vectors]
+    mask = None if batch.above is None else batch.above.data_ptr()
+    LIBRARY.eagerq_batch_norm_backward(
+        *(grad.data_ptr(), y.data_ptr(), mask, *(one.data_ptr() for one in gradients)), _norm(y, *addresses, eps, 0.0)
+    )
+    return gradients  # type: ignore[return-value]
