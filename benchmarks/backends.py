@@ -65,7 +65,7 @@ class Quantizing(Backend):
         self.QuantStub = api.QuantStub
         self.DeQuantStub = api.DeQuantStub
         self.FloatFunctional = float_functional
-        self._api = api
+        self.api = api
         self._freeze_bn_stats = freeze_bn_stats
         self._qconfig = qconfig
         self._convert_options = convert_options
@@ -74,20 +74,20 @@ class Quantizing(Backend):
         model.train()
         groups = fusable(model)
         if groups:
-            self._api.fuse_modules_qat(model, groups, inplace=True)
-        model.qconfig = self._api.get_default_qat_qconfig(self._qconfig)
+            self.api.fuse_modules_qat(model, groups, inplace=True)
+        model.qconfig = self.api.get_default_qat_qconfig(self._qconfig)
         return model
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        prepared: nn.Module = self._api.prepare_qat(model)
+        prepared: nn.Module = self.api.prepare_qat(model)
         return prepared
 
     def freeze(self, model: nn.Module) -> nn.Module:
-        model.apply(self._api.disable_observer)
+        model.apply(self.api.disable_observer)
         return model.apply(self._freeze_bn_stats)
 
     def convert(self, model: nn.Module) -> nn.Module:
-        converted: nn.Module = self._api.convert(model.eval(), **self._convert_options)
+        converted: nn.Module = self.api.convert(model.eval(), **self._convert_options)
         return converted
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from . import accuracy, compiled, gpu, growth, inference, model, training
+from . import accuracy, compiled, gpu, growth, inference, model, training, transformer
 from .base import Benchmark, Setup
 
 __all__ = ["Benchmark", "Setup", "everything"]
@@ -13,6 +13,7 @@ def everything() -> Iterator[Benchmark]:
     yield from training.benchmarks()
     yield from compiled.benchmarks()
     yield from inference.benchmarks()
+    yield from transformer.benchmarks()
     yield from model.benchmarks()
     yield from growth.benchmarks()
     yield from accuracy.benchmarks()
