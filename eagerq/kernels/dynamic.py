@@ -6,6 +6,7 @@ The arithmetic is torch's, bit for bit: every scale is held by its inverse, so i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from eagerq import native
 from eagerq.functional import dynamic_qparams
-from eagerq.kernels import doors, reference
+from eagerq.kernels import doors, native_linear, reference
 from eagerq.kernels.dispatch import Kernel, door
+from eagerq.kernels.native_linear import twice_inverted
 from eagerq.kernels.packing import kept, version
 
 __all__ = ["conv_dynamic", "conv_transpose_dynamic", "linear_dynamic", "linear_dynamic_float16", "to_float16"]
@@ -32,14 +34,10 @@ def _steps(x: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor
     return (x * inverse).add_(zero_point).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _twice_inverted(scale: Tensor) -> Tensor:
-    return scale.reciprocal().float().reciprocal_()
-
-
 def _kept_scale(weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """The weight's scale twice inverted, the same tensor each time: backends know a packed layer by it."""
     key = ("twice inverted", version(scale))
-    _, inverted = kept(weight, zero_point, key, lambda: (scale, _twice_inverted(scale)))
+    _, inverted = kept(weight, zero_point, key, lambda: (scale, twice_inverted(scale)))
     return inverted
 
 
@@ -49,7 +47,7 @@ def _by_tensors(x: Tensor, reduce_range: bool) -> tuple[Tensor, Any, Any]:
     if x.numel() == 0:
         return x.to(torch.uint8), 1.0, 0
     exact, zero_point = dynamic_qparams(*torch.aminmax(x), 127 if reduce_range else 255)
-    scale = _twice_inverted(exact)
+    scale = twice_inverted(exact)
     return _steps(x, scale, zero_point), scale, zero_point
 
 
@@ -72,18 +70,19 @@ def _by_numbers(x: Tensor, reduce_range: bool) -> tuple[Tensor, float, int] | No
     return _steps(x, scale, zero_point), scale, zero_point
 
 
-def _dynamic(door: Kernel, how: str = "") -> Kernel:
+def _dynamic(door: Kernel, how: str = "", at_once: Callable[..., Any] | None = None) -> Kernel:
     """A door's dynamic form: a float input instead of a quantized one, a float32 result.
 
     Args:
         how: the schema of what the door takes between the bias and the parameters of its output.
+        at_once: an implementation for the CPU that is asked first.
     """
 
     def by_reference(
         x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor, bias: Tensor | None, *rest: Any
     ) -> Tensor:
         *shape, reduce_range = rest
-        layer = (weight, _twice_inverted(weight_scale), weight_zero_point, bias)
+        layer = (weight, twice_inverted(weight_scale), weight_zero_point, bias)
         return door.reference(*_by_tensors(x, reduce_range), *layer, *shape, *_REAL)
 
     def on_cpu(
@@ -103,11 +102,13 @@ def _dynamic(door: Kernel, how: str = "") -> Kernel:
         return door.fake(x, 1.0, 0, *layer, *rest[:-1], *_REAL)
 
     kernel = Kernel(f"{door.name}_dynamic(Tensor x, {_WEIGHT}, {how}bool reduce_range) -> Tensor", by_reference, fake)
-    kernel.register("cpu", on_cpu)
+    for implementation in (at_once, on_cpu):
+        if implementation is not None:
+            kernel.register("cpu", implementation)
     return kernel
 
 
-linear_dynamic = _dynamic(doors.linear)
+linear_dynamic = _dynamic(doors.linear, at_once=native_linear.linear_dynamic if native.conv_ready() else None)
 """``x @ weight.T + bias`` in float32, with ``x`` in uint8 for the product.
 
 Args:

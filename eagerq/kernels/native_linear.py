@@ -11,10 +11,30 @@ from eagerq import native
 from eagerq.kernels.native_conv import BYTES, LONGEST_SUM, tiles
 from eagerq.kernels.packing import kept, version
 
-__all__ = ["linear"]
+__all__ = ["linear", "linear_dynamic", "twice_inverted"]
 
 # rows from which on the products of whole tiles pay, where the processor has them
 _TILED_ROWS = 32
+
+
+def twice_inverted(scale: Tensor) -> Tensor:
+    """What a scale is held by in dynamic layers."""
+    return scale.reciprocal().float().reciprocal_()
+
+
+def _serves(rows: int, inputs: int, weight: Tensor, weight_scale: Tensor) -> bool:
+    outputs = weight.shape[0]
+    return (
+        weight.dtype is torch.int8
+        and type(weight) is Tensor
+        and inputs == weight.shape[1]
+        and inputs % 4 == 0
+        and 0 < inputs <= LONGEST_SUM
+        and rows > 0
+        and outputs > 0
+        and weight_scale.numel() in (1, outputs)
+        and not (rows >= _TILED_ROWS and tiles())
+    )
 
 
 def linear(
@@ -32,19 +52,11 @@ def linear(
     high: int,
 ) -> Any:
     """See :func:`eagerq.kernels.reference.linear`."""
-    outputs, inputs = weight.shape
+    inputs = x.shape[-1]
     if (
         x.dtype not in BYTES
         or (dtype not in BYTES and dtype is not torch.float32)
-        or weight.dtype is not torch.int8
-        or type(weight) is not Tensor
-        or inputs != x.shape[-1]
-        or inputs % 4
-        or inputs > LONGEST_SUM
-        or x.numel() == 0
-        or outputs == 0
-        or weight_scale.numel() not in (1, outputs)
-        or (tiles() and x.numel() >= _TILED_ROWS * inputs)
+        or not _serves(x.numel() // max(inputs, 1), inputs, weight, weight_scale)
     ):
         return NotImplemented
     if x.dtype is torch.int8:
@@ -58,4 +70,26 @@ def linear(
         ("native", version(weight_scale), version(bias)),
         lambda: native.PackedConv(weight[:, :, None, None], weight_scale, weight_zero_point, bias, False),
     )
-    return native.linear(x, x_scale, x_zero_point, packed, outputs, scale, zero_point, dtype, low, high)
+    return native.linear(x, x_scale, x_zero_point, packed, len(weight), scale, zero_point, dtype, low, high)
+
+
+def linear_dynamic(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor, bias: Tensor | None, reduce_range: bool
+) -> Any:
+    """See :data:`eagerq.kernels.linear_dynamic`; all in one call."""
+    inputs = x.shape[-1]
+    if (
+        x.dtype is not torch.float32
+        or not _serves(x.numel() // max(inputs, 1), inputs, weight, weight_scale)
+        or not x.is_contiguous()
+        or not native.serves(x)
+    ):
+        return NotImplemented
+
+    def make() -> tuple[Tensor, native.PackedConv]:
+        scale = twice_inverted(weight_scale)
+        packed = native.PackedConv(weight[:, :, None, None], scale, weight_zero_point, bias, False)
+        return weight_scale, packed  # no other scale gets this one's id
+
+    _, packed = kept(weight, weight_zero_point, ("dynamic", version(weight_scale), version(bias)), make)
+    return native.linear_dynamic(x, packed, len(weight), 127 if reduce_range else 255)

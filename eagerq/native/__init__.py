@@ -1,6 +1,6 @@
 """Work in C, where a compiler was at hand when eagerq was installed."""
 
-from eagerq.native.conv import PackedConv, conv, conv_ready, linear
+from eagerq.native.conv import PackedConv, conv, conv_ready, linear, linear_dynamic
 from eagerq.native.embedding import embedding, embedding_bag
 from eagerq.native.layers import dequantize, layer_norm, look_up, quantize_dynamic
 from eagerq.native.library import available, serves
@@ -23,6 +23,7 @@ __all__ = [
     "embedding_bag",
     "layer_norm",
     "linear",
+    "linear_dynamic",
     "look_up",
     "max_pool",
     "quantize",

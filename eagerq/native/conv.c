@@ -240,6 +240,16 @@ EXPORT void eagerq_linear(const u8 *x, u8 *out, const Layer *layer, const Conv *
         }
 }
 
+int eagerq_quantize_dynamic(const float *x, u8 *out, i64 n, int most, float *scale, int *zero);
+
+/* The same of reals, made bytes by their own range; 1, and nothing done, where they are not all finite. */
+EXPORT int eagerq_linear_dynamic(const float *x, u8 *bytes, u8 *out, int most, const Layer *layer, const Conv *c) {
+    Conv own = *c;
+    if (eagerq_quantize_dynamic(x, bytes, c->batch * c->channels, most, &own.x_scale, &own.x_zero)) return 1;
+    eagerq_linear(bytes, out, layer, &own);
+    return 0;
+}
+
 EXPORT void eagerq_conv(const u8 *x, u8 *out, const Layer *layer, const Conv *c) {
     const int one = c->taps_y * c->taps_x == 1 && c->pad_y + c->pad_x == 0;
     if (one && c->every_y * c->every_x == 1 && !c->is_signed && c->channels % 4 == 0) {
@@ -374,6 +384,9 @@ EXPORT void eagerq_depthwise(const u8 *x, u8 *out, const Layer *layer, const Con
 #else
 EXPORT int eagerq_conv_ready(void) { return 0; }
 EXPORT void eagerq_linear(const u8 *x, u8 *out, const Layer *layer, const Conv *c) {}
+EXPORT int eagerq_linear_dynamic(const float *x, u8 *bytes, u8 *out, int most, const Layer *layer, const Conv *c) {
+    return 1;
+}
 EXPORT void eagerq_conv(const u8 *x, u8 *out, const Layer *layer, const Conv *c) {}
 EXPORT void eagerq_depthwise(const u8 *x, u8 *out, const Layer *layer, const Conv *c) {}
 #endif

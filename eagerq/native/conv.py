@@ -14,7 +14,7 @@ from torch import Tensor
 from eagerq.native.library import LIBRARY, Conv, Layer
 from eagerq.native.recording import recorded
 
-__all__ = ["PackedConv", "conv", "conv_ready", "linear"]
+__all__ = ["PackedConv", "conv", "conv_ready", "linear", "linear_dynamic"]
 
 _POINT = (1, 1, 1, 1, 0, 0, 1, 1)  # a window of one
 _LANES, _WIDEST = 16, 4  # int32 sums to a vector; vectors to a block of outputs
@@ -181,3 +181,20 @@ def linear(
     out = torch.empty((*x.shape[:-1], outputs), dtype=dtype)
     call(x.data_ptr(), out.data_ptr(), *rest)
     return out
+
+
+@lru_cache(maxsize=1024)
+def _dynamic_call(rows: int, inputs: int, outputs: int) -> Conv:
+    return Conv(rows, inputs, 1, 1, outputs, 1, 1, *_POINT, 0, False, False, True)
+
+
+def linear_dynamic(x: Tensor, packed: PackedConv, outputs: int, quant_max: int) -> Any:
+    """:func:`linear` of float32 ``[…, in]`` by its own range; ``NotImplemented`` where that is not finite."""
+    inputs = x.shape[-1]
+    numbers = _dynamic_call(x.numel() // inputs, inputs, outputs)
+    out = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
+    integers = torch.empty(x.shape, dtype=torch.uint8)
+    refused = LIBRARY.eagerq_linear_dynamic(
+        *(x.data_ptr(), integers.data_ptr(), out.data_ptr(), quant_max, packed.address, ctypes.byref(numbers))
+    )
+    return NotImplemented if refused else out

@@ -61,6 +61,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "depthwise": [_POINTER] * 4,
     "layer_norm": [_POINTER] * 2 + [_COUNT, _POINTER],
     "linear": [_POINTER] * 4,
+    "linear_dynamic": [_POINTER] * 3 + [_FLAG] + [_POINTER] * 2,
     "look_up": [_POINTER] * 3 + [_COUNT],
     "batch_norm": [_POINTER] * 4,
     "batch_norm_backward": [_POINTER] * 8,
@@ -75,7 +76,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "quantize_dynamic": [_POINTER] * 2 + [_COUNT, _FLAG] + [_POINTER] * 2,
 }
 # those that tell whether they refused
-_ANSWERING = ("embedding", "embedding_bag", "fake_quantize", "fake_quantize_rows", "quantize_dynamic")
+_ANSWERING = ("embedding", "embedding_bag", "fake_quantize", "fake_quantize_rows", "linear_dynamic", "quantize_dynamic")
 
 
 def _load() -> Any:

@@ -104,3 +104,34 @@ def test_any_layout_of_the_input() -> None:
     call = one_call()
     call["x"] = call["x"].t().contiguous().t()
     assert torch.equal(native_linear.linear(*call.values()), reference.linear(*call.values()))
+
+
+@given(calls(), st.booleans(), st.sampled_from([1.0, 1e-3, 1e30]))
+def test_dynamic(call: Call, reduce_range: bool, size: float) -> None:
+    if native_linear._tiles():
+        return
+    x = torch.randn(call["x"].shape) * size
+    layer = [call[name] for name in ("weight", "weight_scale", "weight_zero_point", "bias")]
+    result = native_linear.linear_dynamic(x, *layer, reduce_range)
+    assert torch.equal(result, kernels.linear_dynamic.reference(x, *layer, reduce_range))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_dynamic_of_what_is_not_finite_is_declined(bad: float) -> None:
+    call = one_call()
+    layer = [call[name] for name in ("weight", "weight_scale", "weight_zero_point", "bias")]
+    x = torch.randn(3, 8)
+    x[2, 7] = bad
+    assert native_linear.linear_dynamic(x, *layer, False) is NotImplemented
+    assert native_linear.linear_dynamic(x.t().contiguous().t(), *layer, False) is NotImplemented
+
+
+def test_dynamic_sees_changes() -> None:
+    call, x = one_call(), torch.randn(3, 8)
+    for name in ("weight", "weight_scale", "weight_zero_point", "bias"):
+        layer = {name: call[name] for name in ("weight", "weight_scale", "weight_zero_point", "bias")}
+        before = kernels.linear_dynamic(x, *layer.values(), False)
+        call[name].add_(3)
+        after = kernels.linear_dynamic(x, *layer.values(), False)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, kernels.linear_dynamic.reference(x, *layer.values(), False))
