@@ -93,7 +93,7 @@ class Quantizing(Backend):
 
 class _Eagerq(Quantizing):
     def deploy(self, model: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
-        frozen: Callable[[Tensor], object] = self._api.freeze(model, (example,))
+        frozen: Callable[[Tensor], object] = self.api.freeze(model, (example,))
         return frozen
 
 

@@ -188,8 +188,9 @@ def _dynamic_call(rows: int, inputs: int, outputs: int) -> Conv:
     return Conv(rows, inputs, 1, 1, outputs, 1, 1, *_POINT, 0, False, False, True)
 
 
-def linear_dynamic(x: Tensor, packed: PackedConv, outputs: int, quant_max: int) -> Any:
-    """:func:`linear` of float32 ``[…, in]`` by its own range; ``NotImplemented`` where that is not finite."""
+@recorded()
+def linear_dynamic(x: Tensor, packed: PackedConv, outputs: int, quant_max: int) -> Tensor:
+    """:func:`linear` of float32 ``[…, in]`` by its own range; all NaN where that is not finite."""
     inputs = x.shape[-1]
     numbers = _dynamic_call(x.numel() // inputs, inputs, outputs)
     out = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
@@ -197,4 +198,4 @@ def linear_dynamic(x: Tensor, packed: PackedConv, outputs: int, quant_max: int) 
     refused = LIBRARY.eagerq_linear_dynamic(
         *(x.data_ptr(), integers.data_ptr(), out.data_ptr(), quant_max, packed.address, ctypes.byref(numbers))
     )
-    return NotImplemented if refused else out
+    return out.fill_(torch.nan) if refused else out
