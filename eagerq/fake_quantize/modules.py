@@ -22,7 +22,7 @@ from eagerq.functional import (
     training_qparams,
     update_natively,
 )
-from eagerq.kernels.training import averaged_qparams
+from eagerq.kernels.training import qparams_in_graph, rounded_in_graph
 from eagerq.observer import (
     FixedQParamsObserver,
     MovingAverageMinMaxObserver,
@@ -135,18 +135,17 @@ class FakeQuantize(FakeQuantizeBase):
 
     def _forward(self, x: Tensor, factor: Tensor | None) -> Tensor:
         self._read_switches()
-        eager = not torch.compiler.is_compiling()
-        if eager and self._fake_quant_on and (rounded := self._in_one_go(x, factor)) is not None:
+        if self._fake_quant_on and (rounded := self._in_one_go(x, factor)) is not None:
             return rounded
         if factor is not None:
             x = x * factor.reshape(channel_shape(x.dim(), 0))
         qparams = self.scale, self.zero_point
         if self._observer_on:
-            if eager:  # what a first evaluation allocates has to serve the training that follows
+            if torch.compiler.is_compiling():
+                qparams = self._observe(x)
+            else:  # what a first evaluation allocates has to serve the training that follows
                 with torch.inference_mode(self.scale.is_inference()):
                     qparams = self._observe(x)
-            else:
-                qparams = self._observe(x)
         if self._fake_quant_on:
             axis = self.ch_axis if self.is_per_channel else None
             x = fake_quantize(x, *qparams, self.quant_min, self.quant_max, axis)
@@ -154,11 +153,12 @@ class FakeQuantize(FakeQuantizeBase):
 
     def _in_one_go(self, x: Tensor, factor: Tensor | None) -> Tensor | None:
         running = self._running() if self._observer_on else None
-        if (self._observer_on and running is None) or (self.is_per_channel and self.ch_axis != 0):
-            return None
-        if factor is not None and not self.is_per_channel:
+        other = self.ch_axis != 0 if self.is_per_channel else factor is not None
+        if other or (self._observer_on and running is None):
             return None
         to = Rounding(self.scale, self.zero_point, self.quant_min, self.quant_max, self.is_per_channel, running)
+        if torch.compiler.is_compiling():
+            return rounded_in_graph(x, to, factor, getattr(self.activation_post_process, "nonfinite_batches", None))
         return round_in_c(x, to, factor)
 
     def _running(self) -> Running | None:
@@ -249,15 +249,18 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
     def _observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
         observer = self.activation_post_process
         single = self.scale.dtype is observer.min_val.dtype is torch.float32
-        if single and torch.compiler.is_compiling() and self._observed_on_cpu(x):
-            return self._observe_by_operator(x)
+        axis = self.ch_axis if self.is_per_channel else None
+        if single and torch.compiler.is_compiling():
+            to = Rounding(self.scale, self.zero_point, self.quant_min, self.quant_max, running=self._running())
+            found = qparams_in_graph(x, to, observer.nonfinite_batches, axis)
+            return super()._observe(x) if found is None else found
         if not single or not can_update_natively(x):
             return super()._observe(x)
         if x.numel() == 0:
             return self.scale, self.zero_point
-        low, high = min_max(x.detach(), self.ch_axis if self.is_per_channel else None)
+        low, high = min_max(x.detach(), axis)
         observer.check_channels(low)
-        updated = update_natively(
+        if not update_natively(
             low.float(),
             high.float(),
             observer.min_val,
@@ -268,25 +271,9 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
             self.quant_min,
             self.quant_max,
             self.is_symmetric_quant,
-        )
-        if not updated:  # the formulas leave out only the channels concerned, and count
+        ):  # the formulas leave out only the channels concerned, and count
             super()._observe(x)
         return self.scale, self.zero_point
-
-    def _observed_on_cpu(self, x: Tensor) -> bool:
-        """Whether ``x`` can go through the CPU's operator: it needs buffers that have their size already."""
-        low = self.activation_post_process.min_val
-        return x.device.type == "cpu" and x.dtype is torch.float32 and low.numel() == self.scale.numel()
-
-    @torch.no_grad()
-    def _observe_by_operator(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        observer, axis = self.activation_post_process, self.ch_axis if self.is_per_channel else None
-        if axis is not None and x.shape[axis] != observer.min_val.numel():
-            observer.check_channels(x.new_empty(x.shape[axis]))
-        buffers = observer.min_val, observer.max_val, self.scale, self.zero_point, observer.nonfinite_batches
-        numbers = observer.averaging_constant, self.quant_min, self.quant_max, self.is_symmetric_quant
-        scale, zero_point = averaged_qparams(x.detach(), *buffers, *numbers, axis)
-        return scale, zero_point
 
     def _running(self) -> Running | None:
         observer = self.activation_post_process

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagerq.functional import min_max, moving_average, training_qparams, update_natively
+from eagerq import native
+from eagerq.functional import channel_shape, min_max, moving_average, training_qparams, update_natively
 from eagerq.kernels.dispatch import Kernel
+from eagerq.native import Rounding, Running
 
-__all__ = ["averaged_qparams"]
+__all__ = ["qparams_in_graph", "rounded_in_graph"]
 
 
 def _average(running: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor], skipped: Tensor, constant: float) -> None:
@@ -62,15 +64,160 @@ def _copies(x: Tensor, low: Tensor, high: Tensor, scale: Tensor, zero_point: Ten
     return torch.empty_like(scale), torch.empty_like(zero_point)
 
 
-_SCHEMA = (
+_SEEN = (
     "(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) scale, Tensor(d!) zero_point, Tensor(e!) skipped, "
     "float constant, int quant_min, int quant_max, bool symmetric, int? axis) -> (Tensor, Tensor)"
 )
-# Activations come in the order of channels last, or however the compiler likes them; weights as they lie in memory.
-_of_all = Kernel("averaged_qparams" + _SCHEMA, _averaged_qparams, _copies, any_layout=True)
-_of_channels = Kernel("averaged_qparams_of_channels" + _SCHEMA, _averaged_qparams, _copies)
+_of_all = Kernel("averaged_qparams" + _SEEN, _averaged_qparams, _copies, any_layout=True)
+_of_channels = Kernel("averaged_qparams_of_channels" + _SEEN, _averaged_qparams, _copies)
 
 
-def averaged_qparams(x: Tensor, *args: Any) -> Any:
-    """:func:`_averaged_qparams` as an operator; its last argument is the channels' axis, or None for one range."""
-    return (_of_all if args[-1] is None else _of_channels)(x, *args)
+def qparams_in_graph(x: Tensor, to: Rounding, skipped: Tensor, axis: int | None) -> tuple[Tensor, Tensor] | None:
+    """Observe ``x`` in code that is being compiled.
+
+    Args:
+        to: has a running range; its buffers are updated.
+        skipped: counts the ranges that are not finite.
+        axis: of the channels, or None for one range.
+
+    Returns:
+        Scale and zero point; None, with nothing changed, where the CPU's operator does not serve: other devices and
+        dtypes, buffers that have not their size yet.
+    """
+    running = to.running
+    count = 1 if axis is None else x.shape[axis]
+    if running is None or x.device.type != "cpu" or x.dtype is not torch.float32:
+        return None
+    if any(buffer.numel() != count for buffer in (running.low, running.high, to.scale, to.zero_point)):
+        return None
+    numbers = running.constant, to.quant_min, to.quant_max, running.symmetric
+    operator = _of_all if axis is None else _of_channels
+    with torch.no_grad():
+        scale, zero_point = operator(x, running.low, running.high, to.scale, to.zero_point, skipped, *numbers, axis)
+    return scale, zero_point
+
+
+def _to(scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Rounding:
+    return Rounding(scale, zero_point, quant_min, quant_max, scale.numel() > 1)
+
+
+def _rounded(
+    x: Tensor, factor: Tensor | None, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+) -> Any:
+    return _with_flags(x, _to(scale, zero_point, quant_min, quant_max), factor)
+
+
+def _with_flags(x: Tensor, to: Rounding, factor: Tensor | None) -> Any:
+    x = x if native.serves(x) else x.clone()  # dense
+    rounded, inside = native.fake_quantize(x, to, factor, True) or (None, None)
+    if inside is None or to.rows:
+        return None if rounded is None else (rounded, inside)
+    return rounded, native.unpacked(inside, x)
+
+
+def _observed(
+    x: Tensor,
+    factor: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    low: Tensor,
+    high: Tensor,
+    skipped: Tensor,
+    constant: float,
+    symmetric: bool,
+) -> Any:
+    """Take ``x·factor`` into the running range, then round it; and what was inside the integers' range.
+
+    That is a bool for each value, which compiled code of any layout can multiply with; or the bits of the rows,
+    which are for :func:`_masked_rows`.
+    """
+    to = _to(scale, zero_point, quant_min, quant_max)
+    result = _with_flags(x, to._replace(running=Running(low, high, constant, symmetric)), factor)
+    if result is None:  # a range that is not finite
+        scaled = x if factor is None else x * factor.reshape(channel_shape(x.dim(), 0))
+        numbers = constant, quant_min, quant_max, symmetric
+        _averaged_qparams(scaled, low, high, scale, zero_point, skipped, *numbers, 0 if to.rows else None)
+        return _with_flags(x, to, factor)
+    return result
+
+
+def _rounded_like(x: Tensor, factor: Tensor | None, scale: Tensor, *rest: Any) -> Any:
+    rows = scale.numel()
+    if rows == 1:
+        return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    return torch.empty_like(x), x.new_empty(rows * ((x.numel() // rows + 7) // 8), dtype=torch.uint8)
+
+
+def _masked_rows(grad: Tensor, inside: Tensor, x: Tensor, factor: Tensor | None) -> Any:
+    of_x, of_factor = native.masked_rows(grad.contiguous(), inside, x, factor, len(x))
+    return of_x, grad.new_empty(0) if of_factor is None else of_factor
+
+
+def _gradients_like(grad: Tensor, inside: Tensor, x: Tensor, factor: Tensor | None) -> Any:
+    return torch.empty_like(x), x.new_empty(0 if factor is None else len(x))
+
+
+_VALUES = "(Tensor x, Tensor? factor, Tensor scale, Tensor zero_point, int quant_min, int quant_max)"
+_UPDATED = (
+    "(Tensor x, Tensor? factor, Tensor(a!) scale, Tensor(b!) zero_point, int quant_min, int quant_max, "
+    "Tensor(c!) low, Tensor(d!) high, Tensor(e!) skipped, float constant, bool symmetric)"
+)
+_GRADIENT = "(Tensor grad, Tensor inside, Tensor x, Tensor? factor)"
+
+
+def _twice(name: str, schema: str, run: Any, fake: Any) -> dict[bool, Kernel]:
+    """An operator for tensors whose rows have parameters of their own, and one for tensors of any layout."""
+    return {
+        rows: Kernel(f"{name}{'_rows' * rows}{schema} -> (Tensor, Tensor)", run, fake, any_layout=not rows)
+        for rows in (False, True)
+    }
+
+
+_ROUNDED = _twice("rounded", _VALUES, _rounded, _rounded_like)
+_OBSERVED = _twice("observed", _UPDATED, _observed, _rounded_like)
+_MASKED = Kernel(f"masked_rows{_GRADIENT} -> (Tensor, Tensor)", _masked_rows, _gradients_like)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Values that were computed apart from autograd, with the gradient of rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor | None, rounded: Tensor, inside: Tensor) -> Tensor:
+        ctx.rows = inside.dtype is not torch.bool
+        ctx.save_for_backward(inside, factor, x if ctx.rows else None)
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        inside, factor, x = ctx.saved_tensors
+        if not ctx.rows:
+            return grads[0] * inside, None, None, None
+        of_x, of_factor = _MASKED(grads[0], inside, x, factor)
+        return of_x, None if factor is None else of_factor, None, None
+
+
+def rounded_in_graph(x: Tensor, to: Rounding, factor: Tensor | None, skipped: Tensor | None) -> Tensor | None:
+    """As :func:`eagerq.functional.round_in_c`, in code that is being compiled.
+
+    Args:
+        skipped: counts the ranges that are not finite.
+    """
+    running, rows = to.running, len(x) if to.rows else 1
+    if not (native.available and x.device.type == "cpu" and x.numel() and (rows == 1 or x.is_contiguous())):
+        return None
+    numbers = [to.scale] if running is None else [to.scale, running.low, running.high]
+    if any(one.numel() != rows or one.dtype is not torch.float32 for one in numbers):
+        return None
+    if x.dtype is not torch.float32 or to.zero_point.dtype is not torch.int32 or (rows == 1 and factor is not None):
+        return None
+    with torch.no_grad():
+        values = x, factor, to.scale, to.zero_point, to.quant_min, to.quant_max
+        if running is None:
+            rounded, inside = _ROUNDED[rows > 1](*values)
+        else:
+            buffers = running.low, running.high, skipped
+            rounded, inside = _OBSERVED[rows > 1](*values, *buffers, running.constant, running.symmetric)
+    straight: Tensor = _StraightThrough.apply(x, factor, rounded, inside)
+    return straight

@@ -72,6 +72,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "max_pool": [_POINTER] * 2 + [_COUNT] * 6 + [_POINTER, _FLAG],
     "mean": [_POINTER] * 2 + [_COUNT] * 3 + [_REAL] * 3 + [_FLAG],
     "rectify": [_POINTER] * 2 + [_COUNT],
+    "unpack": [_POINTER] * 2 + [_COUNT],
     "quantize": [_POINTER] * 2 + [_COUNT] + [_REAL] * 4,
     "quantize_dynamic": [_POINTER] * 2 + [_COUNT, _FLAG] + [_POINTER] * 2,
 }

@@ -109,6 +109,17 @@ CLONES static void fake_block(const float *restrict x, float factor, float *rest
     if (mask) pack(inside, mask, n);
 }
 
+/* n bits to as many bytes of 0 or 1 */
+EXPORT void eagerq_unpack(const u8 *bits, u8 *flags, i64 n) {
+#pragma omp parallel for schedule(static) if (n > 8 * BLOCK)
+    for (i64 at = 0; at < n / 8; at++) {
+        const uint64_t each = bits[at] * 0x0101010101010101ull & 0x8040201008040201ull;
+        const uint64_t ones = ((each + 0x7f7f7f7f7f7f7f7full) | each) >> 7 & 0x0101010101010101ull;
+        memcpy(flags + 8 * at, &ones, 8);
+    }
+    for (i64 i = n / 8 * 8; i < n; i++) flags[i] = bits[i / 8] >> i % 8 & 1;
+}
+
 /* All of x by one scale. Returns 0, with nothing changed, if the range observed is not finite. */
 EXPORT int eagerq_fake_quantize(const float *x, float *out, u8 *mask, i64 n, const Quantizer *q) {
     Fresh fresh = {0, 0, *q->scale, *q->zero};

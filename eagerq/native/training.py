@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eagerq.native.library import LIBRARY, Quantizer
 
-__all__ = ["Rounding", "Running", "fake_quantize", "masked", "masked_rows", "rectify_"]
+__all__ = ["Rounding", "Running", "fake_quantize", "masked", "masked_rows", "rectify_", "unpacked"]
 
 
 class Running(NamedTuple):
@@ -111,3 +111,10 @@ def rectify_(x: Tensor) -> Tensor:
     above = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
     LIBRARY.eagerq_rectify(x.data_ptr(), above.data_ptr(), x.numel())
     return above
+
+
+def unpacked(bits: Tensor, like: Tensor) -> Tensor:
+    """The bits of values in memory order as a bool tensor of the values' shape and layout."""
+    flags = torch.empty_like(like, dtype=torch.bool)
+    LIBRARY.eagerq_unpack(bits.data_ptr(), flags.data_ptr(), like.numel())
+    return flags

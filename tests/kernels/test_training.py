@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eagerq.functional import training_qparams
-from eagerq.kernels.training import averaged_qparams
+from eagerq import native
+from eagerq.functional import fake_quantize, training_qparams
 from eagerq.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
 
+averaged_qparams = torch.ops.eagerq.averaged_qparams.default
 SYMMETRIC, AFFINE = (-128, 127, True), (0, 255, False)
 
 
@@ -94,3 +95,52 @@ def test_takes_any_layout() -> None:
         plain(each)
         torch.testing.assert_close(observer.min_val, plain.min_val, rtol=1e-6, atol=0)
         torch.testing.assert_close(observer.max_val, plain.max_val, rtol=1e-6, atol=0)
+
+
+needs_c = pytest.mark.skipif(not native.available, reason="these operators are the C library's")
+
+
+@needs_c
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=4), st.booleans(), st.booleans(), st.integers(0, 2**16))
+def test_rounds_as_the_formulas_do(shape: list[int], rows: bool, scaled: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape[0] += 1  # of one row the operator is the other one
+    count = shape[0] if rows else 1
+    x = (torch.randn(shape, generator=generator) * 3).requires_grad_()
+    numbers = SYMMETRIC if rows else AFFINE
+    scale = torch.rand(count, generator=generator) / 64 + 1e-3
+    zero_point = torch.randint(numbers[0], numbers[1], (count,), generator=generator, dtype=torch.int32)
+    factor = torch.rand(count, generator=generator) - 0.5 if rows and scaled else None
+    given_x = x if factor is None else x * factor.reshape(-1, *[1] * (len(shape) - 1))
+    wanted = fake_quantize(given_x, scale, zero_point, *numbers[:2], 0 if rows else None)
+    operators = torch.ops.eagerq
+    operator = operators.rounded_rows if rows else operators.rounded
+    rounded, inside = operator(x.detach(), factor, scale, zero_point, *numbers[:2])
+    assert torch.equal(rounded, wanted)
+    grad = torch.randn(shape, generator=generator)
+    (expected,) = torch.autograd.grad(wanted, x, grad)
+    of_x = operators.masked_rows(grad, inside, x.detach(), factor)[0] if rows else grad * inside
+    torch.testing.assert_close(of_x, expected, rtol=1e-6, atol=0)
+
+
+@needs_c
+@pytest.mark.parametrize("rows", [False, True])
+def test_observes_and_rounds_at_once(rows: bool) -> None:
+    numbers = SYMMETRIC if rows else AFFINE
+    axis = 0 if rows else None
+    for second in (torch.randn(3, 4, 5, 6) * 9, torch.full((3, 4, 5, 6), torch.nan)):
+        observer, (scale, zero_point) = observed(torch.rand(3, 4) - 0.4, axis, numbers)
+        zero_point = zero_point.int()
+        buffers = observer.min_val.clone(), observer.max_val.clone(), observer.nonfinite_batches.clone()
+        operator = torch.ops.eagerq.observed_rows if rows else torch.ops.eagerq.observed
+        arguments = second, None, scale, zero_point, *numbers[:2], *buffers, observer.averaging_constant, numbers[2]
+        rounded, _ = operator(*arguments)
+        observer(second)
+        wanted, wanted_zero = training_qparams(observer.min_val, observer.max_val, *numbers)
+        torch.testing.assert_close(scale, wanted, rtol=1e-6, atol=0)
+        assert torch.equal(zero_point, wanted_zero.int())
+        assert torch.equal(buffers[2], observer.nonfinite_batches)
+        formula = fake_quantize(second, scale, zero_point, *numbers[:2], axis)
+        torch.testing.assert_close(rounded, formula, rtol=0, atol=0, equal_nan=True)
+        if second.isfinite().all():  # it compares results, and NaN is not itself
+            torch.library.opcheck(operator.default, arguments)
