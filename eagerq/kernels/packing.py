@@ -88,8 +88,8 @@ def kept(weight: Tensor, zero_point: Tensor, key: Any, make: Callable[[], _Form]
     entry = _entries.get(number)
     if entry is None or entry.alive() is not weight or entry.zero_point is not zero_point or entry.versions != versions:
 
-        def forget(_: Any) -> None:
-            _entries.pop(number, None)
+        def forget(_: Any, entries: dict[int, _Entry] = _entries) -> None:  # the module may be gone before the weight
+            entries.pop(number, None)
 
         entry = _entries[number] = _Entry(weakref.ref(weight, forget), zero_point, versions, [])
     for known, packed in entry.layouts:
