@@ -92,4 +92,5 @@ def linear_dynamic(
         return weight_scale, packed  # no other scale gets this one's id
 
     _, packed = kept(weight, weight_zero_point, ("dynamic", version(weight_scale), version(bias)), make)
-    return native.linear_dynamic(x, packed, len(weight), 127 if reduce_range else 255)
+    y, finite = native.linear_dynamic(x, packed, len(weight), 127 if reduce_range else 255)
+    return y if finite else NotImplemented

@@ -189,8 +189,8 @@ def _dynamic_call(rows: int, inputs: int, outputs: int) -> Conv:
 
 
 @recorded()
-def linear_dynamic(x: Tensor, packed: PackedConv, outputs: int, quant_max: int) -> Tensor:
-    """:func:`linear` of float32 ``[…, in]`` by its own range; all NaN where that is not finite."""
+def linear_dynamic(x: Tensor, packed: PackedConv, outputs: int, quant_max: int) -> tuple[Tensor, bool]:
+    """:func:`linear` of float32 ``[…, in]`` by its own range, and whether that is finite: else there is no result."""
     inputs = x.shape[-1]
     numbers = _dynamic_call(x.numel() // inputs, inputs, outputs)
     out = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
@@ -198,4 +198,4 @@ def linear_dynamic(x: Tensor, packed: PackedConv, outputs: int, quant_max: int) 
     refused = LIBRARY.eagerq_linear_dynamic(
         *(x.data_ptr(), integers.data_ptr(), out.data_ptr(), quant_max, packed.address, ctypes.byref(numbers))
     )
-    return out.fill_(torch.nan) if refused else out
+    return out, not refused

@@ -61,6 +61,14 @@ def test_quantize_any_numbers_by_their_own_range(values: list[float], reduce_ran
     check_own_range(torch.tensor(values, dtype=torch.float32), reduce_range)
 
 
+@given(st.floats(0.001, 2.0), st.integers(20, 230))
+def test_quantize_near_ties(scale: float, zero_point: int) -> None:
+    """Halves of steps: the product is rounded before the zero point is added."""
+    steps = torch.arange(-zero_point, 255 - zero_point) + 0.5
+    steps[0], steps[-1] = -zero_point, 255 - zero_point
+    check_own_range(steps * scale, False)
+
+
 def check_own_range(x: Tensor, reduce_range: bool) -> None:
     found = native.quantize_dynamic(x, 127 if reduce_range else 255)
     integers, scale, zero_point = dynamic._by_tensors(x, reduce_range)
@@ -122,7 +130,7 @@ def test_gelu_by_table(count: int, dtype: torch.dtype, approximate: str, kind: s
     assert (result.q_scale(), result.q_zero_point()) == (scale, zero_point)
 
 
-@pytest.mark.parametrize("length", [5, 258, 259, 3000])
+@pytest.mark.parametrize("length", [5, 258, 259, 511, 3000])
 @pytest.mark.parametrize("zero_point", [0, 255])
 def test_long_products(length: int, zero_point: int) -> None:
     """Sums that float32 has, and those that it has not."""
