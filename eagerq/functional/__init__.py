@@ -18,6 +18,7 @@ from eagerq.functional.qparams import (
     symmetric_qparams,
     training_qparams,
 )
+from eagerq.functional.rebuilding import rebuilt
 from eagerq.functional.rounding import fake_quantize, fake_quantize_learnable, training_integers
 from eagerq.functional.updating import can_update_natively, update_natively
 
@@ -38,6 +39,7 @@ __all__ = [
     # several steps at once, in C
     "Rounding",
     "Running",
+    "rebuilt",
     "relu_",
     "round_in_c",
     # rounding

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eagerq import native
 from eagerq.functional.qparams import channel_shape
+from eagerq.functional.rebuilding import Recipe
 from eagerq.native import Rounding, Running
 
 __all__ = ["Rounding", "Running", "bit_flags", "in_order", "relu_", "round_in_c"]
@@ -43,6 +44,7 @@ class _Rounded(torch.autograd.Function):
         out, inside = result
         ctx.rows, ctx.strides = len(x) if to.rows else 1, x.stride()
         ctx.save_for_backward(inside, factor, None if factor is None else x)
+        ctx.recipe = Recipe.of(x, factor, to) if to.rows else None
         return out
 
     @staticmethod

@@ -125,10 +125,10 @@ class BatchNormMixin(QATMixin):
         factor = torch.where(folded == 0, 1.0, folded)
         weight = self._scaled_weight(factor)
         if not self._bn_is_plain(factor):
-            return self._by_the_book(self._affine(x, weight, None), factor)
+            return self._by_the_book(self._computed(x, weight, None), factor)
         if not self.bn.training:
             return self._frozen(x, weight, factor, folded)
-        return self._trained(self._affine(x, weight, None), factor)
+        return self._trained(self._computed(x, weight, None), factor)
 
     def _by_the_book(self, y: Tensor, factor: Tensor) -> Tensor:
         shape = channel_shape(y.dim(), 1)
@@ -162,7 +162,7 @@ class BatchNormMixin(QATMixin):
         shift = -bn.running_mean if self.bias is None else self.bias - bn.running_mean
         if not native.serves(folded) or not folded.all():  # no other device is waited for
             weight = weight * (folded / factor).reshape(channel_shape(weight.dim(), 0))
-        return self._activated(self._affine(x, weight, torch.addcmul(bn.bias, shift, folded)))
+        return self._activated(self._computed(x, weight, torch.addcmul(bn.bias, shift, folded)))
 
     def _trained(self, y: Tensor, factor: Tensor) -> Tensor:
         """By the batch's statistics, which become part of the running ones."""

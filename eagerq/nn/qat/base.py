@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
@@ -15,7 +16,7 @@ from torch.nn.utils.parametrize import (
 
 from eagerq.checkpoint import Unit
 from eagerq.errors import InvalidConfigError
-from eagerq.functional import relu_
+from eagerq.functional import rebuilt, relu_
 
 __all__ = ["QATMixin", "hand_over", "is_plain"]
 
@@ -80,6 +81,13 @@ class QATMixin(Unit):
         """The stock module's own arithmetic, with a weight and bias of the caller's."""
         raise NotImplementedError
 
+    def _computed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """:meth:`_affine`, without a copy of the rounded weight that lives until the backward pass."""
+        if torch.compiler.is_compiling():
+            return self._affine(x, weight, bias)
+        with rebuilt(weight):
+            return self._affine(x, weight, bias)
+
     def _activated(self, y: Tensor) -> Tensor:
         """``y``, which nobody else has seen, after the activation."""
         if self.post_op != "relu":
@@ -88,7 +96,7 @@ class QATMixin(Unit):
         return F.relu(y) if rectified is None else rectified
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._activated(self._affine(x, self.weight_fake_quant(self.weight), self.bias))
+        return self._activated(self._computed(x, self.weight_fake_quant(self.weight), self.bias))
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:
