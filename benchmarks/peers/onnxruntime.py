@@ -22,6 +22,8 @@ def _deploy(model: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
     program = export(model, (example,))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # its threads wait for work by spinning, and would take the processors from whoever's turn comes next
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter and onnxscript about themselves

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
+from hashlib import sha256
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,17 @@ _SIGNATURES: dict[str, list[Any]] = {
 _ANSWERING = ("embedding", "embedding_bag", "fake_quantize", "fake_quantize_rows", "linear_dynamic", "quantize_dynamic")
 
 
+def _is_stale(library: Any, folder: Path) -> bool:
+    """Whether the library was not made of the sources beside it; where only it was installed, there are none."""
+    sources = sorted(path for path in folder.iterdir() if path.suffix in (".c", ".h"))
+    stamp = sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    try:
+        made_of = (ctypes.c_char * 16).in_dll(library, "eagerq_stamp").value.decode()
+    except ValueError:  # older than the stamp
+        return True
+    return bool(sources) and made_of != stamp
+
+
 def _load() -> Any:
     """The library; None where it was not built, does not load, or ``EAGERQ_NATIVE=0`` forbids it."""
     if os.environ.get("EAGERQ_NATIVE") == "0":
@@ -93,6 +106,12 @@ def _load() -> Any:
     try:
         library = ctypes.CDLL(str(path))
     except OSError:  # such as where torch brought no OpenMP runtime
+        return None
+    if _is_stale(library, path.parent):
+        warnings.warn(
+            f"{path} was built from other sources and is left out, which makes eagerq slower: install it again",
+            stacklevel=2,
+        )
         return None
     for name, signature in _SIGNATURES.items():
         function = getattr(library, f"eagerq_{name}")

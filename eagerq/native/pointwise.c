@@ -5,6 +5,11 @@
  */
 #include "common.h"
 
+#ifndef EAGERQ_STAMP
+#define EAGERQ_STAMP "unknown"
+#endif
+EXPORT const char eagerq_stamp[17] = EAGERQ_STAMP;
+
 static inline float real(u8 byte, int is_signed) { return (float)(is_signed ? (int8_t)byte : (int)byte); }
 
 static inline u8 stored(float steps, float low, float high) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from eagerq import native
+from eagerq.native import library
 
 FLOW = """
 import torch
 from torch import nn
 import eagerq
 from eagerq import native
+from eagerq.native import library
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 4))
@@ -58,3 +61,17 @@ def test_one_openmp_runtime() -> None:
     lines = Path("/proc/self/maps").read_text().splitlines()
     runtimes = {line.split()[-1] for line in lines if re.search(r"lib[gi]?omp", line)}
     assert len(runtimes) <= 1
+
+
+@pytest.mark.skipif(not native.available, reason="the C library was not built: no compiler at installation")
+def test_a_library_of_other_sources_is_left_out(tmp_path: Path) -> None:
+    """As after an update of a development installation that was not built again."""
+    home = Path(library.__file__).parent
+    assert not library._is_stale(library.LIBRARY, home)
+    assert not library._is_stale(library.LIBRARY, tmp_path)  # installed without sources
+    for source in (*home.glob("*.c"), *home.glob("*.h")):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    assert not library._is_stale(library.LIBRARY, tmp_path)
+    (tmp_path / "common.h").write_text("/* another */")
+    assert library._is_stale(library.LIBRARY, tmp_path)
+    assert library._is_stale(ctypes.CDLL(None), home)
