@@ -44,7 +44,7 @@ class _Rounded(torch.autograd.Function):
         out, inside = result
         ctx.rows, ctx.strides = len(x) if to.rows else 1, x.stride()
         ctx.save_for_backward(inside, factor, None if factor is None else x)
-        ctx.recipe = Recipe.of(x, factor, to) if to.rows else None
+        ctx.recipe = Recipe.of(x, factor, to) if to.rows and inside is not None else None
         return out
 
     @staticmethod

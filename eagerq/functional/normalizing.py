@@ -1,4 +1,4 @@
-"""Batch norm of a layer whose channels are scaled: the scale goes into the statistics, not over the values."""
+"""Batch norm of a layer whose channels were scaled, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ __all__ = ["Norm", "batch_norm_of_scaled"]
 
 
 class _BatchNormOfScaled(torch.autograd.Function):
-    """``weight·(y/f - E[y/f])/sqrt(Var[y/f] + eps) + bias`` from the statistics of ``y`` itself.
-
-    With ``Var[y/f] = Var[y]/f²`` it is ``sign(f)·weight·(y - E[y])/sqrt(Var[y] + eps·f²) + bias``.
-    """
+    """``weight·(y/f - E[y/f])/sqrt(Var[y/f] + eps) + bias``, and ReLU."""
 
     @staticmethod
     def forward(
@@ -62,7 +59,7 @@ def batch_norm_of_scaled(
     norm: Norm,
     relu: bool = False,
 ) -> Tensor | None:
-    """Batch norm in training of ``y/factor``, in C, without a pass over ``y`` for the division.
+    """Batch norm in training of ``y/factor``, in C, rounded as torch rounds division, batch norm and ReLU.
 
     Args:
         y: float ``[N, C, …]``, at least two values in a channel.

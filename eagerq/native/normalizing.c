@@ -1,7 +1,7 @@
-/* Batch norm in training of channels that were scaled, with ReLU: each channel is read once from memory.
+/* Batch norm in training of channels that are divided first, with ReLU: each channel is read once from memory.
  *
- * With Var[y/f] = Var[y]/f², weight·(y/f - E[y/f])/sqrt(Var[y/f] + eps) is
- * sign(f)·weight·(y - E[y])/sqrt(Var[y] + eps·f²): no pass over y for the division.
+ * Forward, the steps are those of torch's CPU kernels, rounded alike (sums in double): quantization behind a
+ * batch norm turns a last bit into a whole step now and then, and nets of many layers make that grow.
  */
 #include "common.h"
 
@@ -16,58 +16,48 @@ typedef struct {
 
 #define PLANES(c) for (i64 n = 0, at = (c) * s->plane; n < s->batch; n++, at += s->channels * s->plane)
 
-#define LANE_SUM(n, TERM)                                        \
-    float sums[LANES] = {0};                                     \
-    double sum = 0;                                              \
-    i64 whole = (n) / LANES * LANES;                             \
-    for (i64 i = 0; i < whole; i += LANES)                       \
-        for (int k = 0; k < LANES; k++) sums[k] += TERM(i + k);  \
-    for (i64 i = whole; i < (n); i++) sum += TERM(i);            \
-    for (int k = 0; k < LANES; k++) sum += sums[k];              \
-    return sum;
-
-/* Of the quotients as they would be rounded, in double: a mean near zero is little but the rounding of its terms. */
-CLONES static double sum_of_quotients(const float *restrict x, float factor, i64 n) {
+/* Divide, and sum the quotients. */
+CLONES static double divide(const float *restrict x, float factor, float *restrict out, i64 n) {
     double sums[LANES] = {0}, sum = 0;
-    i64 whole = n / LANES * LANES;
+    const i64 whole = n / LANES * LANES;
     for (i64 i = 0; i < whole; i += LANES)
-        for (int k = 0; k < LANES; k++) sums[k] += x[i + k] / factor;
-    for (i64 i = whole; i < n; i++) sum += x[i] / factor;
+        for (int k = 0; k < LANES; k++) {
+            out[i + k] = x[i + k] / factor;
+            sums[k] += out[i + k];
+        }
+    for (i64 i = whole; i < n; i++) {
+        out[i] = x[i] / factor;
+        sum += out[i];
+    }
     for (int k = 0; k < LANES; k++) sum += sums[k];
     return sum;
 }
 
-CLONES static double sum_of(const float *restrict x, i64 n) {
-#define TERM(i) x[i]
-    LANE_SUM(n, TERM)
-#undef TERM
-}
-
 CLONES static double spread_of(const float *restrict x, float mean, i64 n) {
-#define TERM(i) (x[i] - mean) * (x[i] - mean)
-    LANE_SUM(n, TERM)
-#undef TERM
+    double sums[LANES] = {0}, sum = 0;
+    const i64 whole = n / LANES * LANES;
+    for (i64 i = 0; i < whole; i += LANES)
+        for (int k = 0; k < LANES; k++) {
+            const float far = x[i + k] - mean;
+            sums[k] += far * far;
+        }
+    for (i64 i = whole; i < n; i++) sum += (x[i] - mean) * (x[i] - mean);
+    for (int k = 0; k < LANES; k++) sum += sums[k];
+    return sum;
 }
 
-CLONES static double sum_with(const float *restrict g, const float *restrict x, float mean, i64 n) {
-#define TERM(i) g[i] * (x[i] - mean)
-    LANE_SUM(n, TERM)
-#undef TERM
-}
-
-CLONES static void normalize(const float *restrict x, float *restrict out, u8 *restrict mask, i64 n, float scale,
-                             float shift) {
+CLONES static void normalize(float *x, u8 *restrict mask, i64 n, float scale, float shift) {
     if (!mask) {
-        for (i64 i = 0; i < n; i++) out[i] = x[i] * scale + shift;
+        for (i64 i = 0; i < n; i++) x[i] = fmaf(x[i], scale, shift);
         return;
     }
     u8 above[BLOCK + 8];
     for (i64 start = 0; start < n; start += BLOCK) {
         const i64 span = n - start < BLOCK ? n - start : BLOCK;
         for (i64 i = 0; i < span; i++) {
-            const float y = x[start + i] * scale + shift;
+            const float y = fmaf(x[start + i], scale, shift);
             above[i] = !(y <= 0);
-            out[start + i] = y <= 0 ? 0.0f : y;
+            x[start + i] = y <= 0 ? 0.0f : y;
         }
         pack(above, mask + start / 8, span);
     }
@@ -80,18 +70,16 @@ EXPORT void eagerq_batch_norm(const float *y, float *out, u8 *mask, const Norm *
 #pragma omp parallel for schedule(static) if (s->batch * s->channels * s->plane > 2 * BLOCK)
     for (i64 c = 0; c < s->channels; c++) {
         double sum = 0, spread = 0;
-        const float factor = s->factor[c];
-        PLANES(c) sum += sum_of_quotients(y + at, factor, s->plane);
-        const float seen = (float)(sum / count), mean = (float)(sum / count * factor);
-        PLANES(c) spread += spread_of(y + at, mean, s->plane);
-        const double square = (double)factor * factor;
-        const float inverse = (float)(1.0 / sqrt(spread / count + s->eps * square));
-        const float scale = (factor < 0 ? -s->weight[c] : s->weight[c]) * inverse;
-        const float shift = s->bias[c] - mean * scale;
-        PLANES(c) normalize(y + at, out + at, mask ? mask + (n * s->channels + c) * bytes : 0, s->plane, scale, shift);
-        s->running_mean[c] = (float)(s->running_mean[c] + s->pace * ((double)seen - s->running_mean[c]));
-        const float varied = (float)(spread / (count - 1) / square);
-        s->running_var[c] = (float)(s->running_var[c] + s->pace * ((double)varied - s->running_var[c]));
+        PLANES(c) sum += divide(y + at, s->factor[c], out + at, s->plane);
+        const float mean = (float)(sum / count);
+        PLANES(c) spread += spread_of(out + at, mean, s->plane);
+        const float total = (float)spread, variance = total / (float)count, unbiased = total / (float)(count - 1),
+                    pace = (float)s->pace;
+        const float inverse = variance + s->eps > 0 ? (float)(1.0 / sqrt(variance + s->eps)) : 0.0f;
+        const float scale = inverse * s->weight[c], shift = fmaf(-mean, scale, s->bias[c]);
+        PLANES(c) normalize(out + at, mask ? mask + (n * s->channels + c) * bytes : 0, s->plane, scale, shift);
+        s->running_mean[c] = pace * mean + (1 - pace) * s->running_mean[c];
+        s->running_var[c] = fmaf(pace, unbiased, (1 - pace) * s->running_var[c]);
         s->mean[c] = mean, s->inverse[c] = inverse;
     }
 }
@@ -108,9 +96,23 @@ CLONES static void keep(const float *restrict grad, const u8 *restrict mask, flo
     for (i64 i = whole; i < n; i++) out[i] = (mask[i / 8] >> (i % 8)) & 1 ? grad[i] : 0.0f;
 }
 
-CLONES static void spread_back(const float *g, const float *restrict x, float *of_x, i64 n, float mean, float part,
-                               float level, float scale) {
-    for (i64 i = 0; i < n; i++) of_x[i] = (g[i] - level - (x[i] - mean) * part) * scale;
+/* Sums of the gradient, and of the gradient times the distance from the mean. */
+CLONES static void sums_of(const float *g, const float *restrict x, float factor, float mean, i64 n, double *sum,
+                           double *with) {
+    float sums[LANES] = {0}, products[LANES] = {0};
+    const i64 whole = n / LANES * LANES;
+    for (i64 i = 0; i < whole; i += LANES)
+        for (int k = 0; k < LANES; k++) {
+            sums[k] += g[i + k];
+            products[k] += g[i + k] * (x[i + k] / factor - mean);
+        }
+    for (i64 i = whole; i < n; i++) *sum += g[i], *with += g[i] * (x[i] / factor - mean);
+    for (int k = 0; k < LANES; k++) *sum += sums[k], *with += products[k];
+}
+
+CLONES static void back(const float *g, const float *restrict x, float *of_x, i64 n, float factor, float mean, float part,
+                        float level, float scale) {
+    for (i64 i = 0; i < n; i++) of_x[i] = (g[i] - level - (x[i] / factor - mean) * part) * scale / factor;
 }
 
 /* Gradients for y, factor, weight and bias. */
@@ -125,16 +127,14 @@ EXPORT void eagerq_batch_norm_backward(const float *grad, const float *y, const 
             PLANES(c) keep(grad + at, mask + (n * s->channels + c) * bytes, of_y + at, s->plane);
             g = of_y;
         }
-        const float mean = s->mean[c], inverse = s->inverse[c], factor = s->factor[c];
-        const float weight = factor < 0 ? -s->weight[c] : s->weight[c];
+        const float mean = s->mean[c], inverse = s->inverse[c], factor = s->factor[c], weight = s->weight[c];
         double sum = 0, with = 0;
-        PLANES(c) sum += sum_of(g + at, s->plane);
-        PLANES(c) with += sum_with(g + at, y + at, mean, s->plane);
+        PLANES(c) sums_of(g + at, y + at, factor, mean, s->plane, &sum, &with);
         const float part = (float)(with * inverse * inverse / count), level = (float)(sum / count);
-        PLANES(c) spread_back(g + at, y + at, of_y + at, s->plane, mean, part, level, weight * inverse);
-        const double of_signed = with * inverse;
+        PLANES(c) back(g + at, y + at, of_y + at, s->plane, factor, mean, part, level, inverse * weight);
         of_bias[c] = (float)sum;
-        of_weight[c] = (float)(factor < 0 ? -of_signed : of_signed);
-        of_factor[c] = (float)(-of_signed * weight * inverse * inverse * factor * s->eps);
+        of_weight[c] = (float)(with * inverse);
+        /* what a larger factor does to the quotients, their own mean and variance take back, but for eps */
+        of_factor[c] = (float)(-with * inverse * weight * inverse * inverse * s->eps / factor);
     }
 }
