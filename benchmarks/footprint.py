@@ -67,7 +67,7 @@ def _resident(backend: Backend, net: str) -> int:
     _tidy()
     before = _status("RssAnon")
     for batch in (1, 8, 1):
-        inference(backend, net, batch)()
+        inference(backend, net, batch, deployed=False)()
     _tidy()
     return _status("RssAnon") - before
 

@@ -96,12 +96,15 @@ def classifier(backend: Backend, net: str) -> nn.Module:
     return converted(backend, NETS[net], torch.randn(4, 3, 64, 64))
 
 
-def inference(backend: Backend, net: str, batch: int, device: str = "cpu") -> Callable[[], object]:
-    """One forward of a converted classifier on images of 224x224."""
+def inference(
+    backend: Backend, net: str, batch: int, device: str = "cpu", deployed: bool = True
+) -> Callable[[], object]:
+    """One forward of a converted classifier on images of 224x224, as it would be deployed or just as it is."""
     where = Where(device, batch, 224)
     images = channels_last(torch.randn(batch, 3, where.pixels, where.pixels, device=device))
     model = classifier(backend, net)
-    run = backend.deploy(model if device == "cpu" else copy.deepcopy(model).to(device), images)
+    model = model if device == "cpu" else copy.deepcopy(model).to(device)
+    run = backend.deploy(model, images) if deployed else model
 
     def forward() -> object:
         with torch.inference_mode():

@@ -37,14 +37,14 @@ class _Rounded(torch.autograd.Function):
     """Round ``x·factor``; straight-through gradients inside the range."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor | None, to: Rounding) -> Tensor | None:
-        result = native.fake_quantize(x, to, factor, any(ctx.needs_input_grad))
+    def forward(ctx: Any, x: Tensor, factor: Tensor | None, to: Rounding, graded: bool) -> Tensor | None:
+        result = native.fake_quantize(x, to, factor, mask=graded)
         if result is None:
             return None
         out, inside = result
         ctx.rows, ctx.strides = len(x) if to.rows else 1, x.stride()
         ctx.save_for_backward(inside, factor, None if factor is None else x)
-        ctx.recipe = Recipe.of(x, factor, to) if to.rows and inside is not None else None
+        ctx.recipe = Recipe.of(x, factor, to) if to.rows and graded else None
         return out
 
     @staticmethod
@@ -54,11 +54,11 @@ class _Rounded(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             kept = grad * bit_flags(inside, grad, ctx.rows)
             if factor is None:
-                return kept, None, None
-            return kept * factor.reshape(channel_shape(kept.dim(), 0)), (kept * x).flatten(1).sum(1), None
+                return kept, None, None, None
+            return kept * factor.reshape(channel_shape(kept.dim(), 0)), (kept * x).flatten(1).sum(1), None, None
         if ctx.rows == 1 and factor is None:
-            return native.masked(grad, inside), None, None
-        return *native.masked_rows(grad, inside, x, factor, ctx.rows), None
+            return native.masked(grad, inside), None, None, None
+        return *native.masked_rows(grad, inside, x, factor, ctx.rows), None, None
 
 
 def round_in_c(x: Tensor, to: Rounding, factor: Tensor | None = None) -> Tensor | None:
@@ -84,7 +84,8 @@ def round_in_c(x: Tensor, to: Rounding, factor: Tensor | None = None) -> Tensor 
             return None
         if not one.is_contiguous():
             return None
-    rounded: Tensor | None = _Rounded.apply(x, factor, to)
+    graded = torch.is_grad_enabled() and (x.requires_grad or (factor is not None and factor.requires_grad))
+    rounded: Tensor | None = _Rounded.apply(x, factor, to, graded)
     return rounded
 
 

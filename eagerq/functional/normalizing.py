@@ -28,19 +28,19 @@ class _BatchNormOfScaled(torch.autograd.Function):
         bias: Tensor,
         norm: Norm,
         relu: bool,
+        graded: bool,
     ) -> Tensor:
         ctx.eps = norm.eps
-        mask = relu and any(ctx.needs_input_grad)
-        out, batch = native.batch_norm(y, factor, weight, bias, norm, mask)
+        out, batch = native.batch_norm(y, factor, weight, bias, norm, relu and graded)
         ctx.save_for_backward(y, factor, weight, bias, *batch)
-        return out.relu_() if relu and not mask else out
+        return out.relu_() if relu and not graded else out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         y, factor, weight, bias, mean, inverse, above = ctx.saved_tensors
         if not torch.is_grad_enabled():
             batch, grad = native.Batch(mean, inverse, above), in_order(grads[0], y.stride())
-            return *native.batch_norm_backward(grad, y, factor, weight, batch, ctx.eps), None, None
+            return *native.batch_norm_backward(grad, y, factor, weight, batch, ctx.eps), None, None, None
         # to be differentiated again
         grad = grads[0] if above is None else grads[0] * bit_flags(above, y, y.shape[0] * y.shape[1])
         inputs = (y, factor, weight, bias)
@@ -48,7 +48,7 @@ class _BatchNormOfScaled(torch.autograd.Function):
         out = F.batch_norm(quotient, None, None, weight, bias, True, 0.0, ctx.eps)
         needed = [one for one, wanted in zip(inputs, ctx.needs_input_grad, strict=False) if wanted]
         found = iter(torch.autograd.grad(out, needed, grad, create_graph=True))
-        return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:4]), None, None
+        return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:4]), None, None, None
 
 
 def batch_norm_of_scaled(
@@ -74,5 +74,6 @@ def batch_norm_of_scaled(
     """
     if not native.norms(y, [factor, weight, bias, norm.running_mean, norm.running_var]):
         return None
-    result: Tensor = _BatchNormOfScaled.apply(y, factor, weight, bias, norm, relu)
+    graded = torch.is_grad_enabled() and any(one.requires_grad for one in (y, factor, weight, bias))
+    result: Tensor = _BatchNormOfScaled.apply(y, factor, weight, bias, norm, relu, graded)
     return result

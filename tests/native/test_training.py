@@ -236,3 +236,13 @@ def test_second_derivatives_of_batch_norm(relu: bool) -> None:
 
     for mine, theirs in zip(penalty(torch.float32), penalty(torch.float64), strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_under_inference_mode() -> None:
+    """Tensors made there have no version, and nothing there is for a gradient."""
+    with torch.inference_mode():
+        weight, factor = torch.nn.Parameter(torch.randn(3, 5)), torch.rand(3)
+        to = rounding(3, (-128, 127), True, rows=True)
+        out = round_in_c(weight, to, factor)
+        assert out is not None
+        assert torch.equal(out, expected(weight, factor, rounding(3, (-128, 127), True, rows=True))[-1])
