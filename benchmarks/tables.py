@@ -6,10 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .report import RATIOS, Reached, Row
+from .report import BEST_PEER, RATIOS, Reached, Row
 
 _COLUMNS = ("float", "torch.ao", "eagerq")
 _WIDTHS = (48, *(8 for _ in _COLUMNS), *(len(ratio) for ratio in RATIOS), 30, 22, 6, 0)
+_FOLLOWS = ("torch.ao / float", f"eagerq / {BEST_PEER}", "spread")  # what a reader of the README can do without
 _TITLES = ("", *_COLUMNS, *RATIOS, "goal", "met (reached)", "spread", "others")
 
 
@@ -25,7 +26,7 @@ def line(row: Row) -> str:
 
 
 def markdown(environment: dict[str, Any], rows: Iterable[Row]) -> str:
-    """All tables, as they stand in the README: without padding, and without columns that a table leaves empty."""
+    """All tables, as they stand in the README: without padding, fewer columns, and none that a table leaves empty."""
     parts = [", ".join(f"{key} {value}" for key, value in environment.items())]
     sections: dict[str, list[Row]] = {}
     for row in rows:
@@ -34,7 +35,7 @@ def markdown(environment: dict[str, Any], rows: Iterable[Row]) -> str:
         sections.setdefault(row.section, []).append(row)
     for section, members in sections.items():
         table = [_cells(row) for row in members]
-        kept = [n for n, title in enumerate(_TITLES) if n == 0 or (title != "spread" and _used(table, n))]
+        kept = [n for n, title in enumerate(_TITLES) if n == 0 or (title not in _FOLLOWS and _used(table, n))]
         head = [section, *(_TITLES[n] for n in kept[1:])]
         rule = ["---", *("---:" if 0 < n <= len(_COLUMNS) + len(RATIOS) else "---" for n in kept[1:])]
         parts.append("\n".join(_joined(cells) for cells in (head, rule, *([row[n] for n in kept] for row in table))))

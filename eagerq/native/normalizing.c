@@ -3,6 +3,8 @@
  * Forward, the steps are those of torch's CPU kernels, rounded alike (sums in double): quantization behind a
  * batch norm turns a last bit into a whole step now and then, and nets of many layers make that grow.
  */
+#include <float.h>
+
 #include "common.h"
 
 enum { LANES = 16 };
@@ -96,26 +98,25 @@ CLONES static void keep(const float *restrict grad, const u8 *restrict mask, flo
     for (i64 i = whole; i < n; i++) out[i] = (mask[i / 8] >> (i % 8)) & 1 ? grad[i] : 0.0f;
 }
 
-/* Sums of the gradient, and of the gradient times the distance from the mean. */
-CLONES static void sums_of(const float *g, const float *restrict x, float factor, float mean, i64 n, double *sum,
-                           double *with) {
+/* Sums of the gradient, and of the gradient times the distance from the centre. */
+CLONES static void sums_of(const float *g, const float *restrict x, float centre, i64 n, double *sum, double *with) {
     float sums[LANES] = {0}, products[LANES] = {0};
     const i64 whole = n / LANES * LANES;
     for (i64 i = 0; i < whole; i += LANES)
         for (int k = 0; k < LANES; k++) {
             sums[k] += g[i + k];
-            products[k] += g[i + k] * (x[i + k] / factor - mean);
+            products[k] += g[i + k] * (x[i + k] - centre);
         }
-    for (i64 i = whole; i < n; i++) *sum += g[i], *with += g[i] * (x[i] / factor - mean);
+    for (i64 i = whole; i < n; i++) *sum += g[i], *with += g[i] * (x[i] - centre);
     for (int k = 0; k < LANES; k++) *sum += sums[k], *with += products[k];
 }
 
-CLONES static void back(const float *g, const float *restrict x, float *of_x, i64 n, float factor, float mean, float part,
-                        float level, float scale) {
-    for (i64 i = 0; i < n; i++) of_x[i] = (g[i] - level - (x[i] / factor - mean) * part) * scale / factor;
+CLONES static void back(const float *g, const float *restrict x, float *of_x, i64 n, float centre, float part, float level,
+                        float scale) {
+    for (i64 i = 0; i < n; i++) of_x[i] = (g[i] - level - (x[i] - centre) * part) * scale;
 }
 
-/* Gradients for y, factor, weight and bias. */
+/* Gradients for y, factor, weight and bias; the division by the factor is in the constants. */
 EXPORT void eagerq_batch_norm_backward(const float *grad, const float *y, const u8 *mask, float *of_y, float *of_factor,
                                        float *of_weight, float *of_bias, const Norm *s) {
     const i64 bytes = (s->plane + 7) / 8;
@@ -127,11 +128,15 @@ EXPORT void eagerq_batch_norm_backward(const float *grad, const float *y, const 
             PLANES(c) keep(grad + at, mask + (n * s->channels + c) * bytes, of_y + at, s->plane);
             g = of_y;
         }
-        const float mean = s->mean[c], inverse = s->inverse[c], factor = s->factor[c], weight = s->weight[c];
+        const double factor = s->factor[c], inverse = s->inverse[c], weight = s->weight[c];
+        const float centre = (float)(s->mean[c] * factor);
         double sum = 0, with = 0;
-        PLANES(c) sums_of(g + at, y + at, factor, mean, s->plane, &sum, &with);
-        const float part = (float)(with * inverse * inverse / count), level = (float)(sum / count);
-        PLANES(c) back(g + at, y + at, of_y + at, s->plane, factor, mean, part, level, inverse * weight);
+        PLANES(c) sums_of(g + at, y + at, centre, s->plane, &sum, &with);
+        with /= factor;
+        /* of a channel scaled by next to nothing no distance is left: not to multiply that by infinity */
+        const double most = FLT_MAX, share = with * inverse * inverse / count / factor;
+        const float part = (float)(share > most ? most : share < -most ? -most : share), level = (float)(sum / count);
+        PLANES(c) back(g + at, y + at, of_y + at, s->plane, centre, part, level, (float)(inverse * weight / factor));
         of_bias[c] = (float)sum;
         of_weight[c] = (float)(with * inverse);
         /* what a larger factor does to the quotients, their own mean and variance take back, but for eps */

@@ -218,6 +218,19 @@ def test_batch_norm_of_scaled(shape: tuple[int, ...], relu: bool, seed: int) -> 
     torch.testing.assert_close(running.running_var.double(), 0.9 + 0.1 * variance, rtol=1e-5, atol=1e-6)
 
 
+def test_a_channel_scaled_by_next_to_nothing() -> None:
+    """Its weights round to zero, so that nothing is left to divide."""
+    y, factor = torch.zeros(2, 1, 3, 4, requires_grad=True), torch.full((1,), 1e-42)
+    weight = factor.clone().requires_grad_()
+    out = batch_norm_of_scaled(y, factor, weight, torch.ones(1), Norm(torch.zeros(1), torch.ones(1), 1e-3, 0.1))
+    assert out is not None
+    out.backward(torch.randn(2, 1, 3, 4))
+    assert y.grad is not None
+    assert weight.grad is not None
+    assert y.grad.isfinite().all()
+    assert weight.grad.tolist() == [0]
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_second_derivatives_of_batch_norm(relu: bool) -> None:
     torch.manual_seed(1)
