@@ -49,6 +49,11 @@ class Tape(TorchDispatchMode):
         self.steps: list[_Step] = []
         self._within = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: what would keep torch's compiler off, which never meets a tape, loads it whole at the first step."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self._within and func.name() in _READING:
@@ -91,6 +96,7 @@ class Plan:
         self._all_slots = slots
         self._values: list[Any] = [None] * len(slots)
         self._buffers: dict[int, Tensor] = {}  # of slots that always lie in the same place
+        self._alive: list[Any] = []  # what C reads by its address, and nothing that the forward made
         self._calls = list(self._bind(steps, leaves))
         self._fresh = list(self._values)
         reused = {_storage(step.results[0]) for step in steps if _binding(step)}
@@ -105,7 +111,8 @@ class Plan:
             return None, leaf
         own = torch.clone if _storage(integers) in reused else _itself  # the next forward writes there
         if isinstance(leaf, QTensor):
-            return slot, lambda x: QTensor(own(x), leaf.scale, leaf.zero_point, leaf.axis)
+            scale, zero_point, axis = leaf.scale, leaf.zero_point, leaf.axis
+            return slot, lambda x: QTensor(own(x), scale, zero_point, axis)
         return slot, own
 
     def _bind(self, steps: list[_Step], outputs: list[Any]) -> Iterator[Callable[[], Any]]:
@@ -143,12 +150,13 @@ class Plan:
         """The C function itself on addresses, which are known beforehand but for tensors that torch makes anew."""
         read, function, rest = binding(*pytree.tree_unflatten(step.leaves, step.spec)[0])
         rest = (out.data_ptr(), *rest)
+        self._alive += [leaf for leaf in step.leaves if id(leaf) not in self._slots]
         slots = [self._slots.get(id(x), -1) for x in read]
         # a tensor of the model's own has no slot
         fixed = [x if slot < 0 else self._buffers.get(slot) for x, slot in zip(read, slots, strict=True)]
         known = [x.data_ptr() for x in fixed if x is not None]
         if len(known) == len(fixed):
-            return _Fixed(function, (*known, *rest), step.leaves).call
+            return partial(function, *known, *rest)
         values = self._values
 
         def call() -> None:
@@ -204,14 +212,6 @@ def _itself(x: Tensor) -> Tensor:
 def _binding(step: _Step) -> Callable[..., Any] | None:
     found: Callable[..., Any] | None = getattr(step.function, "binding", None)
     return found
-
-
-class _Fixed:
-    """A C call with every argument known, and what must live as long."""
-
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], alive: Any) -> None:
-        self.call = partial(function, *args)
-        self.alive = alive
 
 
 def _storage(x: Tensor) -> int:
