@@ -21,6 +21,7 @@ from eagerq.kernels.dynamic import (
     to_float16,
 )
 from eagerq.kernels.embedding import embedding, embedding_bag, pack_halves, unpack_halves
+from eagerq.kernels.native_recurrent import recur
 from eagerq.kernels.normalization import batch_norm, group_norm, layer_norm
 from eagerq.kernels.reference import (
     dequantize_per_channel,
@@ -55,6 +56,7 @@ __all__ = [
     "prelu",
     "quantize",
     "quantize_per_channel",
+    "recur",
     "requantize",
     "to_float16",
     "unpack_halves",

@@ -11,7 +11,7 @@ from eagerq import native
 from eagerq.kernels.native_conv import BYTES, LONGEST_SUM, tiles
 from eagerq.kernels.packing import kept, version
 
-__all__ = ["linear", "linear_dynamic", "twice_inverted"]
+__all__ = ["linear", "linear_dynamic", "packed_dynamic", "serves", "twice_inverted"]
 
 # rows from which on the products of whole tiles pay, where the processor has them
 _TILED_ROWS = 32
@@ -22,7 +22,8 @@ def twice_inverted(scale: Tensor) -> Tensor:
     return scale.reciprocal().float().reciprocal_()
 
 
-def _serves(rows: int, inputs: int, weight: Tensor, weight_scale: Tensor) -> bool:
+def serves(rows: int, inputs: int, weight: Tensor, weight_scale: Tensor) -> bool:
+    """Whether a product of these sizes is done here."""
     outputs = weight.shape[0]
     return (
         weight.dtype is torch.int8
@@ -56,7 +57,7 @@ def linear(
     if (
         x.dtype not in BYTES
         or (dtype not in BYTES and dtype is not torch.float32)
-        or not _serves(x.numel() // max(inputs, 1), inputs, weight, weight_scale)
+        or not serves(x.numel() // max(inputs, 1), inputs, weight, weight_scale)
     ):
         return NotImplemented
     if x.dtype is torch.int8:
@@ -80,17 +81,24 @@ def linear_dynamic(
     inputs = x.shape[-1]
     if (
         x.dtype is not torch.float32
-        or not _serves(x.numel() // max(inputs, 1), inputs, weight, weight_scale)
+        or not serves(x.numel() // max(inputs, 1), inputs, weight, weight_scale)
         or not x.is_contiguous()
         or not native.serves(x)
     ):
         return NotImplemented
+    packed = packed_dynamic(weight, weight_scale, weight_zero_point, bias)
+    y, finite = native.linear_dynamic(x, packed, len(weight), 127 if reduce_range else 255)
+    return y if finite else NotImplemented
+
+
+def packed_dynamic(
+    weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor, bias: Tensor | None
+) -> native.PackedConv:
+    """A dynamic layer's parameters as the C code reads them."""
 
     def make() -> tuple[Tensor, native.PackedConv]:
         scale = twice_inverted(weight_scale)
         packed = native.PackedConv(weight[:, :, None, None], scale, weight_zero_point, bias, False)
         return weight_scale, packed  # no other scale gets this one's id
 
-    _, packed = kept(weight, weight_zero_point, ("dynamic", version(weight_scale), version(bias)), make)
-    y, finite = native.linear_dynamic(x, packed, len(weight), 127 if reduce_range else 255)
-    return y if finite else NotImplemented
+    return kept(weight, weight_zero_point, ("dynamic", version(weight_scale), version(bias)), make)[1]

@@ -7,6 +7,7 @@ from eagerq.native.library import available, serves
 from eagerq.native.normalizing import Batch, Norm, batch_norm, batch_norm_backward, norms
 from eagerq.native.pointwise import add, max_pool, quantize, spatial_mean
 from eagerq.native.recording import recording
+from eagerq.native.recurrent import recur
 from eagerq.native.training import Rounding, Running, fake_quantize, masked, masked_rows, rectify_, unpacked
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "quantize",
     "quantize_dynamic",
     "recording",
+    "recur",
     "spatial_mean",
     # training
     "Batch",

@@ -14,7 +14,7 @@ from torch import Tensor
 from eagerq.native.library import LIBRARY, Conv, Layer
 from eagerq.native.recording import recorded
 
-__all__ = ["PackedConv", "conv", "conv_ready", "linear", "linear_dynamic"]
+__all__ = ["PackedConv", "conv", "conv_ready", "dynamic_numbers", "linear", "linear_dynamic"]
 
 _POINT = (1, 1, 1, 1, 0, 0, 1, 1)  # a window of one
 _LANES, _WIDEST = 16, 4  # int32 sums to a vector; vectors to a block of outputs
@@ -184,7 +184,8 @@ def linear(
 
 
 @lru_cache(maxsize=1024)
-def _dynamic_call(rows: int, inputs: int, outputs: int) -> Conv:
+def dynamic_numbers(rows: int, inputs: int, outputs: int) -> Conv:
+    """The sizes of a product of reals by their own range."""
     return Conv(rows, inputs, 1, 1, outputs, 1, 1, *_POINT, 0, False, False, True)
 
 
@@ -192,7 +193,7 @@ def _dynamic_call(rows: int, inputs: int, outputs: int) -> Conv:
 def linear_dynamic(x: Tensor, packed: PackedConv, outputs: int, quant_max: int) -> tuple[Tensor, bool]:
     """:func:`linear` of float32 ``[…, in]`` by its own range, and whether that is finite: else there is no result."""
     inputs = x.shape[-1]
-    numbers = _dynamic_call(x.numel() // inputs, inputs, outputs)
+    numbers = dynamic_numbers(x.numel() // inputs, inputs, outputs)
     out = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
     integers = torch.empty(x.shape, dtype=torch.uint8)
     refused = LIBRARY.eagerq_linear_dynamic(

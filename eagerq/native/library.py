@@ -73,13 +73,19 @@ _SIGNATURES: dict[str, list[Any]] = {
     "masked_rows": [_POINTER] * 6 + [_COUNT] * 2,
     "max_pool": [_POINTER] * 2 + [_COUNT] * 6 + [_POINTER, _FLAG],
     "mean": [_POINTER] * 2 + [_COUNT] * 3 + [_REAL] * 3 + [_FLAG],
+    "recur_end": [_POINTER],
+    "recur_gates": [_POINTER],
+    "recur_middle": [_POINTER],
     "rectify": [_POINTER] * 2 + [_COUNT],
     "unpack": [_POINTER] * 2 + [_COUNT],
     "quantize": [_POINTER] * 2 + [_COUNT] + [_REAL] * 4,
     "quantize_dynamic": [_POINTER] * 2 + [_COUNT, _FLAG] + [_POINTER] * 2,
 }
 # those that tell whether they refused
-_ANSWERING = ("embedding", "embedding_bag", "fake_quantize", "fake_quantize_rows", "linear_dynamic", "quantize_dynamic")
+_ANSWERING = (
+    *("embedding", "embedding_bag", "fake_quantize", "fake_quantize_rows", "linear_dynamic", "quantize_dynamic"),
+    *("recur_end", "recur_gates"),
+)
 
 
 def _is_stale(library: Any, folder: Path) -> bool:

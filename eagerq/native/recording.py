@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-__all__ = ["recorded", "recording"]
+__all__ = ["is_recording", "recorded", "recording"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -25,6 +25,11 @@ def recording(tape: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> Ite
         yield
     finally:
         del _tapes[thread]
+
+
+def is_recording() -> bool:
+    """Whether someone records what this thread does."""
+    return bool(_tapes) and threading.get_ident() in _tapes
 
 
 def recorded(binding: Callable[..., Any] | None = None) -> Callable[[_Function], _Function]:

@@ -164,6 +164,17 @@ class RecurrentModule(InputRange, StoredTensors):
         reduce_range = self.reduce_range
         return lambda x: kernels.linear_dynamic(x, weight, scale, zero_point, bias, reduce_range)
 
+    def _recur_in_c(
+        self, name: str, x: Tensor, sizes: list[int], start: State, reverse: bool = False
+    ) -> tuple[Tensor, State] | None:
+        """As :func:`eagerq.kernels.recur`, with the recurrent weight of that name."""
+        weight = self._tensor(name)
+        bias = self._tensor(_bias_of(name)) if self.bias else None
+        if self.dtype is torch.float16:
+            return kernels.recur(x, sizes, start, weight.float(), None, None, bias, False, reverse)
+        qparams = (self._tensor(f"{name}_scale"), self._tensor(f"{name}_zero_point"))
+        return kernels.recur(x, sizes, start, weight, *qparams, bias, self.reduce_range, reverse)
+
     def _expect(self, x: Any, what: str, shape: tuple[int | None, ...]) -> Tensor:
         """``x``, if it is a float32 tensor of that shape, in which None is any length."""
         if not isinstance(x, Tensor) or isinstance(x, QTensor) or x.dtype is not torch.float32:

@@ -214,16 +214,20 @@ class RNNBase(RecurrentModule):
             outputs = []
             for suffix in self._suffixes:
                 # all time steps have one scale, as they have in torch.ao
-                pieces = self._project(f"weight_ih_l{layer}{suffix}")(x).split(sizes)
+                projected = self._project(f"weight_ih_l{layer}{suffix}")(x)
                 before = tuple(part[len(finals)] for part in start)
-                recurrent = self._project(f"weight_hh_l{layer}{suffix}")
-                y, final = _recur(self._step, recurrent, pieces, before, reverse=suffix != "")
+                y, final = self._recur(f"weight_hh_l{layer}{suffix}", projected, sizes, before, suffix != "")
                 outputs.append(y)
                 finals.append(final)
             x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
             if self.dropout and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
         return x, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+
+    def _recur(self, name: str, x: Tensor, sizes: list[int], start: State, reverse: bool) -> tuple[Tensor, State]:
+        """One direction of one layer, whose recurrent weight has that name."""
+        done = self._recur_in_c(name, x, sizes, start, reverse)
+        return done or _recur(self._step, self._project(name), x.split(sizes), start, reverse)
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:
