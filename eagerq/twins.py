@@ -14,8 +14,10 @@ from eagerq.fake_quantize import (
     FakeQuantizeBase,
     default_fixed_qparams_range_0to1_fake_quant,
     default_fixed_qparams_range_neg1to1_fake_quant,
+    rounded_over,
 )
 from eagerq.inspection import is_memoryless
+from eagerq.nn.qat.base import gives_its_own
 from eagerq.nn.quantized.functional_modules import FloatFunctional
 from eagerq.observer import ObserverBase
 from eagerq.stubs import DeQuantStub
@@ -52,7 +54,11 @@ class ObserverHook:
     """Forward hook that shows a module's output to its ``activation_post_process``."""
 
     def __call__(self, module: Any, args: Any, output: Tensor) -> Tensor:
-        observed: Tensor = module.activation_post_process(output)
+        observer = module.activation_post_process
+        eager = not torch.compiler.is_compiling()
+        if eager and gives_its_own(module) and next(iter(module._forward_hooks.values())) is self:
+            return rounded_over(observer, output)
+        observed: Tensor = observer(output)
         return observed
 
 

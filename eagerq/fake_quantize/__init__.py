@@ -19,6 +19,7 @@ from eagerq.fake_quantize.defaults import (
     fused_per_channel_wt_fake_quant_range_neg_127_to_127,
     fused_wt_fake_quant_range_neg_127_to_127,
 )
+from eagerq.fake_quantize.direct import is_plain, rounded_over, rounded_scaled
 from eagerq.fake_quantize.learnable import LearnableFakeQuantize
 from eagerq.fake_quantize.modules import (
     FakeQuantize,
@@ -39,6 +40,10 @@ __all__ = [
     "disable_observer",
     "enable_fake_quant",
     "enable_observer",
+    # with the same result, in fewer passes
+    "is_plain",
+    "rounded_over",
+    "rounded_scaled",
     # ready-made
     "default_affine_fixed_qparams_fake_quant",
     "default_dynamic_fake_quant",

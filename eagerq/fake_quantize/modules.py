@@ -19,6 +19,7 @@ from eagerq.functional import (
     fake_quantize,
     min_max,
     round_in_c,
+    round_over,
     training_qparams,
     update_natively,
 )
@@ -133,9 +134,13 @@ class FakeQuantize(FakeQuantizeBase):
         """As ``self(x·factor)``, with a factor for each index of axis 0, in fewer passes over ``x``."""
         return self._forward(x, factor)
 
-    def _forward(self, x: Tensor, factor: Tensor | None) -> Tensor:
+    def over(self, x: Tensor) -> Tensor:
+        """As ``self(x)``, for an ``x`` that nobody else looks at: its memory may take the result."""
+        return self._forward(x, None, own=True)
+
+    def _forward(self, x: Tensor, factor: Tensor | None, own: bool = False) -> Tensor:
         self._read_switches()
-        if self._fake_quant_on and (rounded := self._in_one_go(x, factor)) is not None:
+        if self._fake_quant_on and (rounded := self._in_one_go(x, factor, own)) is not None:
             return rounded
         if factor is not None:
             x = x * factor.reshape(channel_shape(x.dim(), 0))
@@ -151,18 +156,24 @@ class FakeQuantize(FakeQuantizeBase):
             x = fake_quantize(x, *qparams, self.quant_min, self.quant_max, axis)
         return x
 
-    def _in_one_go(self, x: Tensor, factor: Tensor | None) -> Tensor | None:
+    def _in_one_go(self, x: Tensor, factor: Tensor | None, own: bool) -> Tensor | None:
         running = self._running() if self._observer_on else None
         other = self.ch_axis != 0 if self.is_per_channel else factor is not None
         if other or (self._observer_on and running is None):
             return None
+        if running and self.is_per_channel and not running.low.numel() and not torch.compiler.is_compiling():
+            running = self._make_room(x.shape[0]) if x.numel() else None
         to = Rounding(self.scale, self.zero_point, self.quant_min, self.quant_max, self.is_per_channel, running)
         if torch.compiler.is_compiling():
             return rounded_in_graph(x, to, factor, getattr(self.activation_post_process, "nonfinite_batches", None))
-        return round_in_c(x, to, factor)
+        rounded = round_over(x, to) if own else None
+        return round_in_c(x, to, factor) if rounded is None else rounded
 
     def _running(self) -> Running | None:
         """The range that scale and zero point follow by the formula of fused kernels, if they do."""
+        return None
+
+    def _make_room(self, channels: int) -> Running | None:
         return None
 
     def extra_repr(self) -> str:
@@ -278,6 +289,16 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
     def _running(self) -> Running | None:
         observer = self.activation_post_process
         return Running(observer.min_val, observer.max_val, observer.averaging_constant, self.is_symmetric_quant)
+
+    def _make_room(self, channels: int) -> Running | None:
+        """The first batch tells how many channels there are; none of them is seen yet."""
+        observer = self.activation_post_process
+        with torch.inference_mode(self.scale.is_inference()):
+            observer.min_val = observer.min_val.new_full((channels,), float("inf"))
+            observer.max_val = observer.max_val.new_full((channels,), float("-inf"))
+            self.scale = self.scale.new_ones(channels)
+            self.zero_point = self.zero_point.new_zeros(channels)
+        return self._running()
 
     def _training_qparams(self) -> tuple[Tensor, Tensor]:
         observer = self.activation_post_process

@@ -6,7 +6,7 @@ per-channel ones ``[channels]``.
 """
 
 from eagerq.functional.folding import fold_transposed
-from eagerq.functional.in_c import Rounding, Running, relu_, round_in_c
+from eagerq.functional.in_c import Rounding, Running, relu_, round_in_c, round_over, sum_in_c
 from eagerq.functional.normalizing import Norm, batch_norm_of_scaled
 from eagerq.functional.qparams import (
     affine_qparams,
@@ -42,6 +42,8 @@ __all__ = [
     "rebuilt",
     "relu_",
     "round_in_c",
+    "round_over",
+    "sum_in_c",
     # rounding
     "fake_quantize",
     "fake_quantize_learnable",

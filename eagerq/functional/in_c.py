@@ -13,9 +13,9 @@ from torch import Tensor
 from eagerq import native
 from eagerq.functional.qparams import channel_shape
 from eagerq.functional.rebuilding import Recipe
-from eagerq.native import Rounding, Running
+from eagerq.native import Passing, Rounding, Running
 
-__all__ = ["Rounding", "Running", "bit_flags", "in_order", "relu_", "round_in_c"]
+__all__ = ["Rounding", "Running", "bit_flags", "in_order", "relu_", "round_in_c", "round_over", "sum_in_c"]
 
 
 def in_order(grad: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -73,20 +73,42 @@ def round_in_c(x: Tensor, to: Rounding, factor: Tensor | None = None) -> Tensor 
         Tensor like ``x``; None, with nothing changed, where C does not serve: other dtypes, devices, layouts or
         numbers of parameters, code that is being compiled, values that are not finite.
     """
-    if not (x.dtype is torch.float32 and x.numel() and native.serves(x)) or (to.rows and not x.dim()):
+    if not _serves(x, to, factor):
         return None
-    count = len(x) if to.rows else 1
-    numbers = [to.scale] if to.running is None else [to.scale, to.running.low, to.running.high]
-    if to.zero_point.dtype is not torch.int32 or to.zero_point.numel() != count:
-        return None
-    for one in numbers if factor is None else [*numbers, factor]:
-        if one.dtype is not torch.float32 or one.numel() != count or one.device.type != "cpu":
-            return None
-        if not one.is_contiguous():
-            return None
     graded = torch.is_grad_enabled() and (x.requires_grad or (factor is not None and factor.requires_grad))
     rounded: Tensor | None = _Rounded.apply(x, factor, to, graded)
     return rounded
+
+
+def round_over(x: Tensor, to: Rounding) -> Tensor | None:
+    """:func:`round_in_c` in ``x``'s own memory, if ``x`` is a result of this package that nobody else looks at.
+
+    The gradient passes where the value was inside the range and where that result's own let it pass.
+
+    Returns:
+        ``x`` itself; None, with nothing changed, where that cannot be.
+    """
+    passing: Passing | None = getattr(x.grad_fn, "passing", None)
+    if passing is None or to.rows or not torch.is_grad_enabled() or not _serves(x, to, None):
+        return None
+    return x if native.round_over(x, to, passing) else None
+
+
+def _serves(x: Tensor, to: Rounding, factor: Tensor | None) -> bool:
+    if not (x.dtype is torch.float32 and x.numel() and native.serves(x)) or (to.rows and not x.dim()):
+        return False
+    count = len(x) if to.rows else 1
+    numbers = [to.scale] if to.running is None else [to.scale, to.running.low, to.running.high]
+    if to.zero_point.dtype is not torch.int32 or to.zero_point.numel() != count:
+        return False
+    return all(
+        one.dtype is torch.float32 and one.numel() == count and one.device.type == "cpu" and one.is_contiguous()
+        for one in (numbers if factor is None else [*numbers, factor])
+    )
+
+
+def _masked(grad: Tensor, bits: Tensor) -> Tensor:
+    return grad * bit_flags(bits, grad, 1) if torch.is_grad_enabled() else native.masked(grad, bits)
 
 
 class _Rectified(torch.autograd.Function):
@@ -95,17 +117,13 @@ class _Rectified(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
         ctx.strides = y.stride()
-        ctx.save_for_backward(native.rectify_(y))
+        ctx.passing = Passing(native.rectify_(y))
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
-        (above,) = ctx.saved_tensors
-        grad = in_order(grads[0], ctx.strides)
-        if torch.is_grad_enabled():
-            return grad * bit_flags(above, grad, 1)
-        return native.masked(grad, above)
+        return _masked(in_order(grads[0], ctx.strides), ctx.passing.bits)
 
 
 def relu_(y: Tensor) -> Tensor | None:
@@ -114,3 +132,29 @@ def relu_(y: Tensor) -> Tensor | None:
         return None
     rectified: Tensor = _Rectified.apply(y)
     return rectified
+
+
+class _Sum(torch.autograd.Function):
+    """``x + y``, perhaps with ReLU, keeping a bit for each value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, relu: bool, graded: bool) -> Tensor:
+        ctx.strides = x.stride()
+        out, ctx.passing = native.sum_of(x, y, relu, graded)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad, bits = grads[0], ctx.passing.bits
+        if bits is not None:
+            grad = _masked(in_order(grad, ctx.strides), bits)
+        return grad, grad, None, None
+
+
+def sum_in_c(x: Tensor, y: Tensor, relu: bool = False) -> Tensor | None:
+    """``x + y``, or ``relu(x + y)``; None where C does not serve, as for tensors of different shapes or layouts."""
+    alike = x.shape == y.shape and x.stride() == y.stride() and x.dtype is y.dtype is torch.float32 and x.numel()
+    if not alike or not native.serves(x) or not native.serves(y):
+        return None
+    total: Tensor = _Sum.apply(x, y, relu, torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
+    return total

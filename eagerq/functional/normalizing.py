@@ -30,25 +30,27 @@ class _BatchNormOfScaled(torch.autograd.Function):
         relu: bool,
         graded: bool,
     ) -> Tensor:
+        out, batch, ctx.passing = native.batch_norm(y, factor, weight, bias, norm, relu, graded)
         ctx.eps = norm.eps
-        out, batch = native.batch_norm(y, factor, weight, bias, norm, relu and graded)
         ctx.save_for_backward(y, factor, weight, bias, *batch)
-        return out.relu_() if relu and not graded else out
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        y, factor, weight, bias, mean, inverse, above = ctx.saved_tensors
+        y, factor, weight, bias, *batch = ctx.saved_tensors
+        bits = ctx.passing.bits
         if not torch.is_grad_enabled():
-            batch, grad = native.Batch(mean, inverse, above), in_order(grads[0], y.stride())
-            return *native.batch_norm_backward(grad, y, factor, weight, batch, ctx.eps), None, None, None
+            grad = in_order(grads[0], y.stride())
+            gradients = native.batch_norm_backward(*(grad, y, factor, weight, native.Batch(*batch), bits, ctx.eps))
+            return *gradients, None, None, None
         # to be differentiated again
-        grad = grads[0] if above is None else grads[0] * bit_flags(above, y, y.shape[0] * y.shape[1])
-        inputs = (y, factor, weight, bias)
+        grad = grads[0] if bits is None else grads[0] * bit_flags(bits, y, y.shape[0] * y.shape[1])
+        inputs, wanted = (y, factor, weight, bias), ctx.needs_input_grad
         quotient = y / factor.reshape(channel_shape(y.dim(), 1))
         out = F.batch_norm(quotient, None, None, weight, bias, True, 0.0, ctx.eps)
-        needed = [one for one, wanted in zip(inputs, ctx.needs_input_grad, strict=False) if wanted]
+        needed = [one for one, needs in zip(inputs, wanted, strict=False) if needs]
         found = iter(torch.autograd.grad(out, needed, grad, create_graph=True))
-        return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:4]), None, None, None
+        return *(next(found) if needs else None for needs in wanted[:4]), None, None, None
 
 
 def batch_norm_of_scaled(

@@ -12,12 +12,12 @@ from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from eagerq import native
 from eagerq.checkpoint import UpgradingModule, rename
-from eagerq.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
+from eagerq.fake_quantize import is_plain, rounded_scaled
 from eagerq.functional import Norm, batch_norm_of_scaled, channel_shape
 from eagerq.intrinsic import fused
 from eagerq.kernels.dispatch import Kernel
 from eagerq.nn.qat import Conv1d, Conv2d, Conv3d, Linear
-from eagerq.nn.qat.base import QATMixin, is_plain
+from eagerq.nn.qat.base import QATMixin
 from eagerq.nn.qat.conv import ConvQAT
 from eagerq.nn.qat.linear import LinearQAT
 
@@ -123,7 +123,7 @@ class BatchNormMixin(QATMixin):
         folded = self._fold_factor()
         # a channel that the batch norm multiplies by zero still has statistics and gradients
         factor = torch.where(folded == 0, 1.0, folded)
-        weight = self._scaled_weight(factor)
+        weight = rounded_scaled(self.weight_fake_quant, self.weight, factor)
         if not self._bn_is_plain(factor):
             return self._by_the_book(self._computed(x, weight, None), factor)
         if not self.bn.training:
@@ -135,15 +135,6 @@ class BatchNormMixin(QATMixin):
         y = y / factor.reshape(shape)
         y = self.bn(y if self.bias is None else y + self.bias.reshape(shape))
         return F.relu(y) if self.post_op == "relu" else y
-
-    def _scaled_weight(self, factor: Tensor) -> Tensor:
-        weight: Tensor = self.weight  # once, since parametrizations compute it
-        rounded: Any = self.weight_fake_quant
-        if is_plain(rounded, FakeQuantize, FusedMovingAvgObsFakeQuantize):
-            scaled: Tensor = rounded.scaled(weight, factor)
-        else:
-            scaled = rounded(weight * factor.reshape(channel_shape(weight.dim(), 0)))
-        return scaled
 
     def _bn_is_plain(self, factor: Tensor) -> bool:
         """Whether the batch norm can be computed another way, with the same result."""

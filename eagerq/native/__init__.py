@@ -8,7 +8,18 @@ from eagerq.native.normalizing import Batch, Norm, batch_norm, batch_norm_backwa
 from eagerq.native.pointwise import add, max_pool, quantize, spatial_mean
 from eagerq.native.recording import recording
 from eagerq.native.recurrent import recur
-from eagerq.native.training import Rounding, Running, fake_quantize, masked, masked_rows, rectify_, unpacked
+from eagerq.native.training import (
+    Passing,
+    Rounding,
+    Running,
+    fake_quantize,
+    masked,
+    masked_rows,
+    rectify_,
+    round_over,
+    sum_of,
+    unpacked,
+)
 
 __all__ = [
     # whether
@@ -35,6 +46,7 @@ __all__ = [
     # training
     "Batch",
     "Norm",
+    "Passing",
     "Rounding",
     "Running",
     "batch_norm",
@@ -44,5 +56,7 @@ __all__ = [
     "masked_rows",
     "norms",
     "rectify_",
+    "round_over",
+    "sum_of",
     "unpacked",
 ]

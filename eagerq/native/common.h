@@ -36,4 +36,12 @@ static inline void pack(u8 *restrict flags, u8 *restrict bits, i64 n) {
     }
 }
 
+/* The sixteen values whose bits are set, zero for the others. */
+static inline void masked16(const float *values, const u8 *bits, float *kept) {
+    uint32_t each = bits[0] | (uint32_t)bits[1] << 8, words[16];
+    memcpy(words, values, sizeof words);
+    for (int k = 0; k < 16; k++) words[k] &= 0u - ((each >> k) & 1u);
+    memcpy(kept, words, sizeof words);
+}
+
 #endif

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LIBRARY", "Conv", "Layer", "Pair", "Quantizer", "available", "serves"]
+__all__ = ["LIBRARY", "Conv", "Layer", "Pair", "Quantizer", "address", "available", "serves"]
 
 
 class Pair(ctypes.Structure):
@@ -65,7 +65,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "linear": [_POINTER] * 4,
     "linear_dynamic": [_POINTER] * 3 + [_FLAG] + [_POINTER] * 2,
     "look_up": [_POINTER] * 3 + [_COUNT],
-    "batch_norm": [_POINTER] * 4,
+    "batch_norm": [_POINTER] * 3 + [_FLAG, _POINTER],
     "batch_norm_backward": [_POINTER] * 8,
     "fake_quantize": [_POINTER] * 3 + [_COUNT, ctypes.POINTER(Quantizer)],
     "fake_quantize_rows": [_POINTER] * 4 + [_COUNT] * 2 + [ctypes.POINTER(Quantizer)],
@@ -76,6 +76,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "recur_end": [_POINTER],
     "recur_gates": [_POINTER],
     "recur_middle": [_POINTER],
+    "round_over": [_POINTER] * 2 + [_FLAG] + [_COUNT] * 2 + [_POINTER, ctypes.POINTER(Quantizer)],
+    "sum": [_POINTER] * 4 + [_FLAG, _COUNT, _POINTER],
     "rectify": [_POINTER] * 2 + [_COUNT],
     "unpack": [_POINTER] * 2 + [_COUNT],
     "quantize": [_POINTER] * 2 + [_COUNT] + [_REAL] * 4,
@@ -84,7 +86,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 # those that tell whether they refused
 _ANSWERING = (
     *("embedding", "embedding_bag", "fake_quantize", "fake_quantize_rows", "linear_dynamic", "quantize_dynamic"),
-    *("recur_end", "recur_gates"),
+    *("recur_end", "recur_gates", "round_over"),
 )
 
 
@@ -139,6 +141,11 @@ def _dense(x: Tensor) -> bool:
     if x.dim() in _FORMATS:
         return x.is_contiguous(memory_format=_FORMATS[x.dim()])
     return x.dim() == 3 and x.transpose(1, 2).is_contiguous()
+
+
+def address(x: Tensor | None) -> int | None:
+    """Where the values lie; None for none."""
+    return None if x is None else x.data_ptr()
 
 
 def serves(x: Tensor) -> bool:

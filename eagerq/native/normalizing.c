@@ -3,35 +3,38 @@
  * Forward, the steps are those of torch's CPU kernels, rounded alike (sums in double): quantization behind a
  * batch norm turns a last bit into a whole step now and then, and nets of many layers make that grow.
  */
-#include <float.h>
-
-#include "common.h"
+#include "normalizing.h"
 
 enum { LANES = 16 };
 
-typedef struct {
-    i64 batch, channels, plane;
-    const float *factor, *weight, *bias;
-    float *running_mean, *running_var, *mean, *inverse;
-    double eps, pace;
-} Norm;
-
 #define PLANES(c) for (i64 n = 0, at = (c) * s->plane; n < s->batch; n++, at += s->channels * s->plane)
 
-/* Divide, and sum the quotients. */
-CLONES static double divide(const float *restrict x, float factor, float *restrict out, i64 n) {
+/* Divide; the sum of the quotients, and their ends. */
+CLONES static double divide(const float *restrict x, float factor, float *restrict out, i64 n, float *ends) {
     double sums[LANES] = {0}, sum = 0;
+    float least[LANES], most[LANES];
+    for (int k = 0; k < LANES; k++) least[k] = ends[0], most[k] = ends[1];
     const i64 whole = n / LANES * LANES;
     for (i64 i = 0; i < whole; i += LANES)
         for (int k = 0; k < LANES; k++) {
-            out[i + k] = x[i + k] / factor;
-            sums[k] += out[i + k];
+            const float q = x[i + k] / factor;
+            out[i + k] = q;
+            sums[k] += q;
+            least[k] = q < least[k] ? q : least[k];
+            most[k] = q > most[k] ? q : most[k];
         }
     for (i64 i = whole; i < n; i++) {
-        out[i] = x[i] / factor;
-        sum += out[i];
+        const float q = x[i] / factor;
+        out[i] = q;
+        sum += q;
+        least[0] = q < least[0] ? q : least[0];
+        most[0] = q > most[0] ? q : most[0];
     }
-    for (int k = 0; k < LANES; k++) sum += sums[k];
+    for (int k = 0; k < LANES; k++) {
+        sum += sums[k];
+        ends[0] = least[k] < ends[0] ? least[k] : ends[0];
+        ends[1] = most[k] > ends[1] ? most[k] : ends[1];
+    }
     return sum;
 }
 
@@ -48,16 +51,19 @@ CLONES static double spread_of(const float *restrict x, float mean, i64 n) {
     return sum;
 }
 
-CLONES static void normalize(float *x, u8 *restrict mask, i64 n, float scale, float shift) {
+CLONES static void normalize(float *x, u8 *restrict mask, int relu, i64 n, Line line) {
     if (!mask) {
-        for (i64 i = 0; i < n; i++) x[i] = fmaf(x[i], scale, shift);
+        for (i64 i = 0; i < n; i++) {
+            const float y = fmaf(x[i], line.scale, line.shift);
+            x[i] = relu && y <= 0 ? 0.0f : y;
+        }
         return;
     }
     u8 above[BLOCK + 8];
     for (i64 start = 0; start < n; start += BLOCK) {
         const i64 span = n - start < BLOCK ? n - start : BLOCK;
         for (i64 i = 0; i < span; i++) {
-            const float y = fmaf(x[start + i], scale, shift);
+            const float y = fmaf(x[start + i], line.scale, line.shift);
             above[i] = !(y <= 0);
             x[start + i] = y <= 0 ? 0.0f : y;
         }
@@ -65,36 +71,33 @@ CLONES static void normalize(float *x, u8 *restrict mask, i64 n, float scale, fl
     }
 }
 
-/* A row of the mask for each plane; it starts on a byte. */
-EXPORT void eagerq_batch_norm(const float *y, float *out, u8 *mask, const Norm *s) {
+/* A row of the mask for each plane; it starts on a byte. A mask goes with a ReLU. */
+EXPORT void eagerq_batch_norm(const float *y, float *out, u8 *mask, int relu, const Norm *s) {
     const i64 bytes = (s->plane + 7) / 8;
     const double count = (double)s->batch * s->plane;
-#pragma omp parallel for schedule(static) if (s->batch * s->channels * s->plane > 2 * BLOCK)
+    float low = INFINITY, high = -INFINITY;
+    int strange = 0;
+#pragma omp parallel for schedule(static) reduction(min : low) reduction(max : high) reduction(| : strange) \
+    if (s->batch * s->channels * s->plane > 2 * BLOCK)
     for (i64 c = 0; c < s->channels; c++) {
         double sum = 0, spread = 0;
-        PLANES(c) sum += divide(y + at, s->factor[c], out + at, s->plane);
+        float ends[2] = {INFINITY, -INFINITY};
+        PLANES(c) sum += divide(y + at, s->factor[c], out + at, s->plane, ends);
         const float mean = (float)(sum / count);
         PLANES(c) spread += spread_of(out + at, mean, s->plane);
-        const float total = (float)spread, variance = total / (float)count, unbiased = total / (float)(count - 1),
-                    pace = (float)s->pace;
-        const float inverse = variance + s->eps > 0 ? (float)(1.0 / sqrt(variance + s->eps)) : 0.0f;
-        const float scale = inverse * s->weight[c], shift = fmaf(-mean, scale, s->bias[c]);
-        PLANES(c) normalize(out + at, mask ? mask + (n * s->channels + c) * bytes : 0, s->plane, scale, shift);
-        s->running_mean[c] = pace * mean + (1 - pace) * s->running_mean[c];
-        s->running_var[c] = fmaf(pace, unbiased, (1 - pace) * s->running_var[c]);
-        s->mean[c] = mean, s->inverse[c] = inverse;
+        const Line line = line_of(s, c, mean, (float)spread, count);
+        PLANES(c) normalize(out + at, mask ? mask + (n * s->channels + c) * bytes : 0, relu, s->plane, line);
+        Ends all = {low, high, strange};
+        widen(&all, ends[0], ends[1], line);
+        low = all.low, high = all.high, strange = all.strange;
     }
+    tell_ends(s, (Ends){low, high, strange}, relu);
 }
 
 /* grad where the bit is set, else 0 */
 CLONES static void keep(const float *restrict grad, const u8 *restrict mask, float *restrict out, i64 n) {
     const i64 whole = n / 16 * 16;
-    for (i64 i = 0; i < whole; i += 16) {
-        uint32_t bits = mask[i / 8] | (uint32_t)mask[i / 8 + 1] << 8, words[16];
-        memcpy(words, grad + i, sizeof words);
-        for (int k = 0; k < 16; k++) words[k] &= 0u - ((bits >> k) & 1u);
-        memcpy(out + i, words, sizeof words);
-    }
+    for (i64 i = 0; i < whole; i += 16) masked16(grad + i, mask + i / 8, out + i);
     for (i64 i = whole; i < n; i++) out[i] = (mask[i / 8] >> (i % 8)) & 1 ? grad[i] : 0.0f;
 }
 
@@ -111,9 +114,8 @@ CLONES static void sums_of(const float *g, const float *restrict x, float centre
     for (int k = 0; k < LANES; k++) *sum += sums[k], *with += products[k];
 }
 
-CLONES static void back(const float *g, const float *restrict x, float *of_x, i64 n, float centre, float part, float level,
-                        float scale) {
-    for (i64 i = 0; i < n; i++) of_x[i] = (g[i] - level - (x[i] - centre) * part) * scale;
+CLONES static void back(const float *g, const float *restrict x, float *of_x, i64 n, Slope to) {
+    for (i64 i = 0; i < n; i++) of_x[i] = (g[i] - to.level - (x[i] - to.centre) * to.part) * to.scale;
 }
 
 /* Gradients for y, factor, weight and bias; the division by the factor is in the constants. */
@@ -128,18 +130,10 @@ EXPORT void eagerq_batch_norm_backward(const float *grad, const float *y, const 
             PLANES(c) keep(grad + at, mask + (n * s->channels + c) * bytes, of_y + at, s->plane);
             g = of_y;
         }
-        const double factor = s->factor[c], inverse = s->inverse[c], weight = s->weight[c];
-        const float centre = (float)(s->mean[c] * factor);
+        const float centre = centre_of(s, c);
         double sum = 0, with = 0;
         PLANES(c) sums_of(g + at, y + at, centre, s->plane, &sum, &with);
-        with /= factor;
-        /* of a channel scaled by next to nothing no distance is left: not to multiply that by infinity */
-        const double most = FLT_MAX, share = with * inverse * inverse / count / factor;
-        const float part = (float)(share > most ? most : share < -most ? -most : share), level = (float)(sum / count);
-        PLANES(c) back(g + at, y + at, of_y + at, s->plane, centre, part, level, (float)(inverse * weight / factor));
-        of_bias[c] = (float)sum;
-        of_weight[c] = (float)(with * inverse);
-        /* what a larger factor does to the quotients, their own mean and variance take back, but for eps */
-        of_factor[c] = (float)(-with * inverse * weight * inverse * inverse * s->eps / factor);
+        const Slope slope = slope_of(s, c, sum, with, count, of_factor, of_weight, of_bias);
+        PLANES(c) back(g + at, y + at, of_y + at, s->plane, slope);
     }
 }

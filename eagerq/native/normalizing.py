@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eagerq.native.library import LIBRARY, serves
+from eagerq.native.library import LIBRARY, address, serves
+from eagerq.native.training import Passing, room_for_bits
 
 __all__ = ["Batch", "Norm", "batch_norm", "batch_norm_backward", "norms"]
 
@@ -17,7 +18,7 @@ class _Norm(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "channels", "plane")),
         *((name, ctypes.c_void_p) for name in ("factor", "weight", "bias")),
-        *((name, ctypes.c_void_p) for name in ("running_mean", "running_var", "mean", "inverse")),
+        *((name, ctypes.c_void_p) for name in ("running_mean", "running_var", "mean", "inverse", "ends")),
         *((name, ctypes.c_double) for name in ("eps", "pace")),
     ]
 
@@ -32,11 +33,10 @@ class Norm(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What was normalised by: mean of each channel and the inverse of its spread; a bit where a ReLU let pass."""
+    """What was normalised by: mean of each channel and the inverse of its spread."""
 
     mean: Tensor
     inverse: Tensor
-    above: Tensor | None
 
 
 def norms(y: Tensor, vectors: list[Tensor]) -> bool:
@@ -51,34 +51,39 @@ def _norm(y: Tensor, *rest: Any) -> Any:
 
 
 def batch_norm(
-    y: Tensor,
-    factor: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm: Norm,
-    relu: bool,
-) -> tuple[Tensor, Batch]:
-    """Normalise ``y/factor`` by its own statistics, and let the running statistics follow."""
+    y: Tensor, factor: Tensor, weight: Tensor, bias: Tensor, norm: Norm, relu: bool, mask: bool
+) -> tuple[Tensor, Batch, Passing]:
+    """Normalise ``y/factor`` by its own statistics, and let the running statistics follow.
+
+    The mask tells where a ReLU let pass.
+    """
     out = torch.empty_like(y)
-    mean, inverse = torch.empty_like(factor), torch.empty_like(factor)
-    planes, plane = y.shape[0] * y.shape[1], y[0, 0].numel()
-    above = torch.empty(planes * ((plane + 7) // 8), dtype=torch.uint8) if relu else None
-    addresses = [one.data_ptr() for one in (factor, weight, bias, norm.running_mean, norm.running_var, mean, inverse)]
-    mask = None if above is None else above.data_ptr()
-    LIBRARY.eagerq_batch_norm(y.data_ptr(), out.data_ptr(), mask, _norm(y, *addresses, norm.eps, norm.pace))
+    batch = Batch(torch.empty_like(factor), torch.empty_like(factor))
+    planes = y.shape[0] * y.shape[1]
+    passing = Passing(room_for_bits(y.numel(), planes) if relu and mask else None, planes, (ctypes.c_float * 2)())
+    vectors = factor, weight, bias, norm.running_mean, norm.running_var, *batch
+    LIBRARY.eagerq_batch_norm(
+        *(y.data_ptr(), out.data_ptr(), address(passing.bits), relu),
+        _norm(y, *map(address, vectors), ctypes.addressof(passing.ends), norm.eps, norm.pace),
+    )
     torch.autograd.graph.increment_version((norm.running_mean, norm.running_var))
-    return out, Batch(mean, inverse, above)
+    return out, batch, passing
 
 
 def batch_norm_backward(
-    grad: Tensor, y: Tensor, factor: Tensor, weight: Tensor, batch: Batch, eps: float
+    grad: Tensor,
+    y: Tensor,
+    factor: Tensor,
+    weight: Tensor,
+    batch: Batch,
+    bits: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for ``y``, ``factor``, ``weight`` and ``bias``."""
     gradients = torch.empty_like(y), *(torch.empty_like(factor) for _ in range(3))
-    vectors = factor, weight, None, None, None, batch.mean, batch.inverse
-    addresses = [None if one is None else one.data_ptr() for one in vectors]
-    mask = None if batch.above is None else batch.above.data_ptr()
+    vectors = factor, weight, None, None, None, *batch, None
     LIBRARY.eagerq_batch_norm_backward(
-        *(grad.data_ptr(), y.data_ptr(), mask, *(one.data_ptr() for one in gradients)), _norm(y, *addresses, eps, 0.0)
+        *(grad.data_ptr(), y.data_ptr(), address(bits), *(one.data_ptr() for one in gradients)),
+        _norm(y, *map(address, vectors), eps, 0.0),
     )
     return gradients  # type: ignore[return-value]

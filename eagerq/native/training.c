@@ -120,12 +120,15 @@ EXPORT void eagerq_unpack(const u8 *bits, u8 *flags, i64 n) {
     for (i64 i = n / 8 * 8; i < n; i++) flags[i] = bits[i / 8] >> i % 8 & 1;
 }
 
-/* All of x by one scale. Returns 0, with nothing changed, if the range observed is not finite. */
-EXPORT int eagerq_fake_quantize(const float *x, float *out, u8 *mask, i64 n, const Quantizer *q) {
-    Fresh fresh = {0, 0, *q->scale, *q->zero};
-    if (q->low) {
-        float low = INFINITY, high = -INFINITY;
-        int strange = 0;
+/* Parameters for n values, whose ends may be known already; 0, with nothing changed, if these are not finite. */
+static int settle(const Quantizer *q, const float *x, i64 n, const float *ends, Fresh *fresh) {
+    *fresh = (Fresh){0, 0, *q->scale, *q->zero};
+    if (!q->low) return 1;
+    float low = INFINITY, high = -INFINITY;
+    int strange = 0;
+    if (ends) {
+        low = ends[0], high = ends[1];
+    } else {
 #pragma omp parallel for schedule(static) reduction(min : low) reduction(max : high) reduction(| : strange) \
     if (n > 2 * BLOCK)
         for (i64 block = 0; block < BLOCKS(n); block++) {
@@ -135,14 +138,52 @@ EXPORT int eagerq_fake_quantize(const float *x, float *out, u8 *mask, i64 n, con
             low = least < low ? least : low;
             high = most > high ? most : high;
         }
-        if (strange || !observe(q, 0, low, high, &fresh)) return 0;
-        commit(q, 1, &fresh);
     }
+    if (strange || !observe(q, 0, low, high, fresh)) return 0;
+    commit(q, 1, fresh);
+    return 1;
+}
+
+/* All of x by one scale. Returns 0, with nothing changed, if the range observed is not finite. */
+EXPORT int eagerq_fake_quantize(const float *x, float *out, u8 *mask, i64 n, const Quantizer *q) {
+    Fresh fresh;
+    if (!settle(q, x, n, 0, &fresh)) return 0;
 #pragma omp parallel for schedule(static) if (n > 2 * BLOCK)
     for (i64 block = 0; block < BLOCKS(n); block++) {
         i64 at = block * BLOCK;
         fake_block(x + at, 1.0f, out + at, mask ? mask + at / 8 : 0, SPAN(block, n), fresh.scale, (float)fresh.zero,
                    (float)q->quant_min, (float)q->quant_max);
+    }
+    return 1;
+}
+
+/* fake_block in place; the bits of what was inside are merged with those that are there */
+CLONES static void round_block(float *x, u8 *restrict mask, int merge, i64 n, float scale, float zero, float low,
+                               float high) {
+    const float inverse = 1.0f / scale;
+    u8 inside[BLOCK + 8], bits[BLOCK / 8];
+    for (i64 i = 0; i < n; i++) {
+        float steps = rintf(x[i] * inverse) + zero;
+        float kept = steps < low ? low : steps;
+        kept = kept > high ? high : kept;
+        inside[i] = kept == steps;
+        x[i] = (kept - zero) * scale;
+    }
+    pack(inside, merge ? bits : mask, n);
+    if (merge) for (i64 i = 0; i < (n + 7) / 8; i++) mask[i] &= bits[i];
+}
+
+/* All of x by one scale, in place; each row of the mask starts on a byte. Returns as above. */
+EXPORT int eagerq_round_over(float *x, u8 *mask, int merge, i64 rows, i64 width, const float *ends,
+                             const Quantizer *q) {
+    Fresh fresh;
+    if (!settle(q, x, rows * width, ends, &fresh)) return 0;
+    const i64 bytes = (width + 7) / 8, blocks = BLOCKS(width);
+#pragma omp parallel for schedule(static) if (rows * width > 2 * BLOCK)
+    for (i64 part = 0; part < rows * blocks; part++) {
+        const i64 row = part / blocks, block = part % blocks, at = block * BLOCK;
+        round_block(x + row * width + at, mask + row * bytes + at / 8, merge, SPAN(block, width), fresh.scale,
+                    (float)fresh.zero, (float)q->quant_min, (float)q->quant_max);
     }
     return 1;
 }
@@ -183,11 +224,8 @@ CLONES static double masked_block(const float *restrict grad, const u8 *restrict
     double sum = 0;
     i64 whole = n / 16 * 16;
     for (i64 i = 0; i < whole; i += 16) {
-        uint32_t bits = mask[i / 8] | (uint32_t)mask[i / 8 + 1] << 8, words[16];
         float kept[16];
-        memcpy(words, grad + i, sizeof words);
-        for (int k = 0; k < 16; k++) words[k] &= 0u - ((bits >> k) & 1u);
-        memcpy(kept, words, sizeof kept);
+        masked16(grad + i, mask + i / 8, kept);
         if (x) for (int k = 0; k < 16; k++) sums[k] += kept[k] * x[i + k];
         for (int k = 0; k < 16; k++) out[i + k] = kept[k] * factor;
     }
@@ -237,4 +275,39 @@ EXPORT void eagerq_rectify(float *x, u8 *mask, i64 n) {
         i64 at = block * BLOCK;
         rectify_block(x + at, mask + at / 8, SPAN(block, n));
     }
+}
+
+/* a + b, perhaps with a ReLU, and its ends */
+CLONES static void sum_block(const float *restrict a, const float *restrict b, float *restrict out, u8 *restrict mask,
+                             int relu, i64 n, float *low, float *high) {
+    u8 above[BLOCK + 8];
+    if (!relu) {
+        for (i64 i = 0; i < n; i++) out[i] = a[i] + b[i];
+    } else {
+        for (i64 i = 0; i < n; i++) {
+            const float y = a[i] + b[i];
+            above[i] = !(y <= 0);
+            out[i] = y <= 0 ? 0.0f : y;
+        }
+        if (mask) pack(above, mask, n);
+    }
+    range_of(out, n, low, high);
+}
+
+/* The two ends are NaN if any sum is. */
+EXPORT void eagerq_sum(const float *a, const float *b, float *out, u8 *mask, int relu, i64 n, float *ends) {
+    float low = INFINITY, high = -INFINITY;
+    int strange = 0;
+#pragma omp parallel for schedule(static) reduction(min : low) reduction(max : high) reduction(| : strange) \
+    if (n > 2 * BLOCK)
+    for (i64 block = 0; block < BLOCKS(n); block++) {
+        const i64 at = block * BLOCK;
+        float least, most;
+        sum_block(a + at, b + at, out + at, mask ? mask + at / 8 : 0, relu, SPAN(block, n), &least, &most);
+        strange |= least != least;
+        low = least < low ? least : low;
+        high = most > high ? most : high;
+    }
+    ends[0] = strange ? NAN : low;
+    ends[1] = strange ? NAN : high;
 }

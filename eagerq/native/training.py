@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from eagerq.native.library import LIBRARY, Quantizer
+from eagerq.native.library import LIBRARY, Quantizer, address
 
-__all__ = ["Rounding", "Running", "fake_quantize", "masked", "masked_rows", "rectify_", "unpacked"]
+__all__ = [
+    "Passing",
+    "Rounding",
+    "Running",
+    "fake_quantize",
+    "masked",
+    "masked_rows",
+    "rectify_",
+    "room_for_bits",
+    "round_over",
+    "sum_of",
+    "unpacked",
+]
 
 
 class Running(NamedTuple):
@@ -47,8 +59,39 @@ class Rounding(NamedTuple):
     running: Running | None = None
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+class Passing:
+    """Where a gradient passes: at what was above a ReLU and, once rounded, inside the range.
+
+    Attributes:
+        bits: one for each value; None while all pass.
+        rows: how many rows of bits there are, each of which starts a byte.
+        ends: the values' smallest and largest, if known: two C floats.
+    """
+
+    __slots__ = ("bits", "ends", "rows")
+
+    def __init__(self, bits: Tensor | None, rows: int = 1, ends: Any = None) -> None:
+        self.bits = bits
+        self.rows = rows
+        self.ends = ends
+
+
+def room_for_bits(count: int, rows: int) -> Tensor:
+    """Uninitialised bits for so many values, with rows that start a byte."""
+    return torch.empty(rows * ((count // rows + 7) // 8), dtype=torch.uint8)
+
+
+def _quantizer(to: Rounding) -> Quantizer:
+    low, high, constant, symmetric = to.running or (None, None, 0.0, False)
+    return Quantizer(
+        *(to.scale.data_ptr(), to.zero_point.data_ptr(), address(low), address(high)),
+        *(constant, to.quant_min, to.quant_max, symmetric),
+    )
+
+
+def _updated(to: Rounding) -> None:
+    if to.running and not to.scale.is_inference():
+        torch.autograd.graph.increment_version((to.scale, to.zero_point, to.running.low, to.running.high))
 
 
 def fake_quantize(x: Tensor, to: Rounding, factor: Tensor | None, mask: bool) -> tuple[Tensor, Tensor | None] | None:
@@ -66,24 +109,38 @@ def fake_quantize(x: Tensor, to: Rounding, factor: Tensor | None, mask: bool) ->
     count = x.numel()
     rows = len(x) if to.rows else 1
     width = count // rows
-    inside = torch.empty(rows * ((width + 7) // 8), dtype=torch.uint8) if mask else None
-    low, high, constant, symmetric = to.running or (None, None, 0.0, False)
-    quantizer = Quantizer(
-        *(to.scale.data_ptr(), to.zero_point.data_ptr(), _address(low), _address(high)),
-        *(constant, to.quant_min, to.quant_max, symmetric),
-    )
-    arguments = out.data_ptr(), _address(inside)
+    inside = room_for_bits(count, rows) if mask else None
+    quantizer = _quantizer(to)
+    arguments = out.data_ptr(), address(inside)
     if to.rows:
         finite = LIBRARY.eagerq_fake_quantize_rows(
-            x.data_ptr(), _address(factor), *arguments, rows, width, ctypes.byref(quantizer)
+            x.data_ptr(), address(factor), *arguments, rows, width, ctypes.byref(quantizer)
         )
     else:
         finite = LIBRARY.eagerq_fake_quantize(x.data_ptr(), *arguments, count, ctypes.byref(quantizer))
     if not finite:
         return None
-    if to.running and not to.scale.is_inference():
-        torch.autograd.graph.increment_version((to.scale, to.zero_point, to.running.low, to.running.high))
+    _updated(to)
     return out, inside
+
+
+def round_over(x: Tensor, to: Rounding, passing: Passing) -> bool:
+    """:func:`fake_quantize` with one scale in ``x``'s own memory; what was outside the range passes no more.
+
+    Returns:
+        False, with nothing changed, for values that are not finite.
+    """
+    bits = room_for_bits(x.numel(), passing.rows) if passing.bits is None else passing.bits
+    width = x.numel() // passing.rows
+    finite = LIBRARY.eagerq_round_over(
+        *(x.data_ptr(), bits.data_ptr(), passing.bits is not None, passing.rows, width, passing.ends),
+        ctypes.byref(_quantizer(to)),
+    )
+    if finite:
+        passing.bits, passing.ends = bits, None
+        _updated(to)
+        torch.autograd.graph.increment_version(x)
+    return bool(finite)
 
 
 def masked(grad: Tensor, inside: Tensor) -> Tensor:
@@ -100,7 +157,7 @@ def masked_rows(
     out = torch.empty_like(grad)
     of_factor = None if factor is None else torch.empty_like(factor)
     LIBRARY.eagerq_masked_rows(
-        *(grad.data_ptr(), inside.data_ptr(), _address(x), _address(factor), out.data_ptr(), _address(of_factor)),
+        *(grad.data_ptr(), inside.data_ptr(), address(x), address(factor), out.data_ptr(), address(of_factor)),
         *(rows, grad.numel() // rows),
     )
     return out, of_factor
@@ -108,9 +165,18 @@ def masked_rows(
 
 def rectify_(x: Tensor) -> Tensor:
     """Cut ``x`` (float32, dense) at zero, in place; the result has a bit for each value, whether it was above."""
-    above = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    above = room_for_bits(x.numel(), 1)
     LIBRARY.eagerq_rectify(x.data_ptr(), above.data_ptr(), x.numel())
     return above
+
+
+def sum_of(a: Tensor, b: Tensor, relu: bool, mask: bool) -> tuple[Tensor, Passing]:
+    """``a + b`` (float32, dense, of one layout), perhaps cut at zero; the mask tells where a ReLU let pass."""
+    out = torch.empty_like(a)
+    passing = Passing(room_for_bits(a.numel(), 1) if relu and mask else None, 1, (ctypes.c_float * 2)())
+    addresses = a.data_ptr(), b.data_ptr(), out.data_ptr(), address(passing.bits)
+    LIBRARY.eagerq_sum(*addresses, relu, a.numel(), passing.ends)
+    return out, passing
 
 
 def unpacked(bits: Tensor, like: Tensor) -> Tensor:

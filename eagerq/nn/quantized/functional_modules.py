@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from eagerq import kernels
 from eagerq.errors import InvalidConfigError
+from eagerq.fake_quantize import rounded_over
+from eagerq.functional import sum_in_c
 from eagerq.nn.quantized.base import Output, RequantizingModule, expect_quantized
 from eagerq.qtensor import QTensor
 from eagerq.scheme import integer_type
@@ -40,12 +42,17 @@ class FloatFunctional(_Operations):
         self.activation_post_process: nn.Module = nn.Identity()
 
     def _observed(self, x: Tensor) -> Tensor:
-        y: Tensor = self.activation_post_process(x)
-        return y
+        return rounded_over(self.activation_post_process, x)
+
+    def _sum(self, x: Tensor, y: Tensor, relu: bool) -> Tensor:
+        total = sum_in_c(x, y, relu) if isinstance(x, Tensor) and isinstance(y, Tensor) else None
+        if total is None:
+            total = F.relu(torch.add(x, y)) if relu else torch.add(x, y)
+        return self._observed(total)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """``x + y``."""
-        return self._observed(torch.add(x, y))
+        return self._sum(x, y, relu=False)
 
     def add_scalar(self, x: Tensor, y: float) -> Tensor:
         """``x + y`` for a number; not observed: the result's parameters follow from ``x``'s."""
@@ -65,7 +72,7 @@ class FloatFunctional(_Operations):
 
     def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
         """``relu(x + y)``."""
-        return self._observed(F.relu(torch.add(x, y)))
+        return self._sum(x, y, relu=True)
 
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
         """``x @ y``."""
