@@ -37,17 +37,10 @@ def _dense(weight: Tensor) -> Tensor:
     return torch.cat([fours[a:b].transpose(0, 1).flatten() for a, b in pairwise(ends)])
 
 
-def _blocks_of_64(values: Tensor) -> Tensor:
-    """``[channels, …]`` to ``[blocks, 4 vectors, 16 lanes, …]``, in the order that interleaving gives."""
-    channels = len(values)
-    blocks = -(-channels // 64)
-    each = -(-channels // blocks)
-    each += -each % 16
-    rest = (0, 0) * (values.dim() - 1)
-    whole = F.pad(values, (*rest, 0, blocks * each - channels)).unflatten(0, (blocks, each))
-    whole = F.pad(whole, (*rest, 0, 64 - each))
-    # of each 16 channels, four go to each vector
-    return whole.unflatten(1, (4, 4, 4)).transpose(1, 2).flatten(2, 3)
+def _depthwise(weight: Tensor) -> Tensor:
+    """``[channels, 1, y, x]`` by sixteens; of each, four rows of a column of the window for each channel."""
+    taps = F.pad(weight[:, 0], (0, 0, 0, -weight.shape[2] % 4, 0, -len(weight) % _LANES))
+    return taps.unflatten(1, (-1, 4)).unflatten(0, (-1, _LANES)).permute(0, 2, 4, 1, 3)
 
 
 def _vectors(values: Tensor) -> Tensor:
@@ -68,15 +61,10 @@ class PackedConv:
         outputs = len(weight)
         self.source = (scale, bias)
         self.depthwise = depthwise
-        if depthwise:
-            taps = F.pad(weight[:, 0], (0, 0, 0, -weight.shape[2] % 4)).unflatten(1, (-1, 4))
-            packed = _blocks_of_64(taps.transpose(2, 3)).permute(0, 3, 4, 1, 2, 5)
-        else:
-            packed = _dense(weight)
-        each = _blocks_of_64 if depthwise else _vectors
-        sums = each(weight.sum((1, 2, 3), dtype=torch.int32))
-        zeros = each(zero_point.expand(outputs)) if bool(zero_point.any()) else None
-        real = [each(scale.expand(outputs)), each(torch.zeros(outputs) if bias is None else bias)]
+        packed = _depthwise(weight) if depthwise else _dense(weight)
+        sums = _vectors(weight.sum((1, 2, 3), dtype=torch.int32))
+        zeros = _vectors(zero_point.expand(outputs)) if bool(zero_point.any()) else None
+        real = [_vectors(scale.expand(outputs)), _vectors(torch.zeros(outputs) if bias is None else bias)]
         self._kept = [None if one is None else one.contiguous() for one in (packed, sums, zeros, *real)]
         self.layer = Layer(*(None if one is None else one.data_ptr() for one in self._kept))
         self.address = ctypes.addressof(self.layer)

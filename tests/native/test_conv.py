@@ -17,7 +17,7 @@ from eagerq.kernels import native_conv, reference
 pytestmark = pytest.mark.skipif(not native.conv_ready(), reason="no compiler at installation, or no AVX-512 VNNI")
 
 # around the widths of vectors and of blocks of them
-WIDTHS = st.sampled_from([1, 3, 4, 15, 16, 24, 32, 33, 48, 64, 65, 80, 129, 144, 193])
+WIDTHS = st.sampled_from([1, 3, 4, 15, 16, 24, 32, 33, 48, 64, 65, 80, 129, 144, 193, 272])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +39,7 @@ def odd_zero_points(call: Call, data: st.DataObject) -> Call:
 @st.composite
 def wide_calls(draw: st.DrawFn, depthwise: bool) -> Call:
     """Many channels, long rows."""
-    inside = draw(WIDTHS)
+    inside = draw(WIDTHS.filter(lambda width: width > 1)) if depthwise else draw(WIDTHS)
     outside = inside if depthwise else draw(WIDTHS)
     taps = [draw(st.sampled_from([1, 2, 3, 5, 7])) for _ in "yx"]
     dilation = [draw(st.integers(1, 2)), draw(st.integers(1, 2)) if depthwise else 1]
@@ -123,6 +123,38 @@ def simple_call(**changed: Any) -> Call:
         "high": 255,
     }
     return {**call, **changed}
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("x_scale", [1e6, 1e38])
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (3, 100)])
+def test_far_out_of_range(depthwise: bool, x_scale: float, low: int, high: int) -> None:
+    """Results beyond int32, and beyond float32, end at the bounds."""
+    call = simple_call(x_scale=x_scale, low=low, high=high)
+    if depthwise:
+        generator = torch.Generator().manual_seed(1)
+        weight = integers((8, 1, 3, 3), torch.int8, generator)
+        call = {**call, "weight": weight, "groups": 8, "weight_scale": torch.ones(1), "bias": None}
+        call["weight_zero_point"] = torch.zeros(1, dtype=torch.int32)
+    result = native_conv.conv(*call.values())
+    assert torch.equal(result, reference.conv(*call.values()))
+    assert {low, high} <= set(result.flatten().tolist())
+
+
+@pytest.mark.parametrize("columns", range(1, 9))
+@pytest.mark.parametrize("channels", [16, 32, 48, 64])
+def test_depthwise_columns(channels: int, columns: int) -> None:
+    """Few columns and rows, of which some share a vector."""
+    generator = torch.Generator().manual_seed(columns)
+    call = simple_call(
+        x=reference.channels_last(integers((2, channels, 5, columns), torch.uint8, generator)),
+        weight=integers((channels, 1, 3, 3), torch.int8, generator),
+        weight_scale=torch.rand(channels, generator=generator) / 64,
+        weight_zero_point=torch.zeros(channels, dtype=torch.int32),
+        bias=torch.randn(channels, generator=generator),
+        groups=channels,
+    )
+    assert torch.equal(native_conv.conv(*call.values()), reference.conv(*call.values()))
 
 
 @pytest.mark.parametrize("name", ["weight", "weight_scale", "weight_zero_point", "bias"])
