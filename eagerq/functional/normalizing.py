@@ -44,7 +44,7 @@ class _BatchNormOfScaled(torch.autograd.Function):
             gradients = native.batch_norm_backward(*(grad, y, factor, weight, native.Batch(*batch), bits, ctx.eps))
             return *gradients, None, None, None
         # to be differentiated again
-        grad = grads[0] if bits is None else grads[0] * bit_flags(bits, y, y.shape[0] * y.shape[1])
+        grad = grads[0] if bits is None else grads[0] * bit_flags(bits, y, ctx.passing.rows)
         inputs, wanted = (y, factor, weight, bias), ctx.needs_input_grad
         quotient = y / factor.reshape(channel_shape(y.dim(), 1))
         out = F.batch_norm(quotient, None, None, weight, bias, True, 0.0, ctx.eps)

@@ -67,6 +67,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "look_up": [_POINTER] * 3 + [_COUNT],
     "batch_norm": [_POINTER] * 3 + [_FLAG, _POINTER],
     "batch_norm_backward": [_POINTER] * 8,
+    "batch_norm_last": [_POINTER] * 3 + [_FLAG, _POINTER],
+    "batch_norm_last_backward": [_POINTER] * 8,
     "fake_quantize": [_POINTER] * 3 + [_COUNT, ctypes.POINTER(Quantizer)],
     "fake_quantize_rows": [_POINTER] * 4 + [_COUNT] * 2 + [ctypes.POINTER(Quantizer)],
     "masked": [_POINTER] * 3 + [_COUNT],
@@ -87,6 +89,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 _ANSWERING = (
     *("embedding", "embedding_bag", "fake_quantize", "fake_quantize_rows", "linear_dynamic", "quantize_dynamic"),
     *("recur_end", "recur_gates", "round_over"),
+    *("batch_norm_last", "batch_norm_last_backward"),
 )
 
 

@@ -95,7 +95,7 @@ EXPORT void eagerq_batch_norm(const float *y, float *out, u8 *mask, int relu, co
 }
 
 /* grad where the bit is set, else 0 */
-CLONES static void keep(const float *restrict grad, const u8 *restrict mask, float *restrict out, i64 n) {
+CLONES void eagerq_keep(const float *restrict grad, const u8 *restrict mask, float *restrict out, i64 n) {
     const i64 whole = n / 16 * 16;
     for (i64 i = 0; i < whole; i += 16) masked16(grad + i, mask + i / 8, out + i);
     for (i64 i = whole; i < n; i++) out[i] = (mask[i / 8] >> (i % 8)) & 1 ? grad[i] : 0.0f;
@@ -127,7 +127,7 @@ EXPORT void eagerq_batch_norm_backward(const float *grad, const float *y, const 
     for (i64 c = 0; c < s->channels; c++) {
         const float *g = grad;
         if (mask) {
-            PLANES(c) keep(grad + at, mask + (n * s->channels + c) * bytes, of_y + at, s->plane);
+            PLANES(c) eagerq_keep(grad + at, mask + (n * s->channels + c) * bytes, of_y + at, s->plane);
             g = of_y;
         }
         const float centre = centre_of(s, c);

@@ -14,6 +14,9 @@ typedef struct {
     double eps, pace;
 } Norm;
 
+/* The gradient where the bit is set, else 0. */
+void eagerq_keep(const float *restrict grad, const u8 *restrict mask, float *restrict out, i64 n);
+
 /* A value comes out as fmaf(value, scale, shift). */
 typedef struct { float scale, shift; } Line;
 

@@ -40,14 +40,19 @@ class Batch(NamedTuple):
 
 
 def norms(y: Tensor, vectors: list[Tensor]) -> bool:
-    """Whether C serves ``y`` ``[N, C, …]`` with these vectors ``[C]``: float32, a channel's values side by side."""
-    if y.dim() < 3 or y.dtype is not torch.float32 or not y.numel() or not y.is_contiguous() or not serves(y):
+    """Whether C serves ``y`` ``[N, C, …]`` with these vectors ``[C]``: float32, contiguous or with channels last."""
+    if y.dim() < 3 or y.dtype is not torch.float32 or not y.numel() or not serves(y):
         return False
     return all(one.dtype is torch.float32 and one.device.type == "cpu" and one.is_contiguous() for one in vectors)
 
 
 def _norm(y: Tensor, *rest: Any) -> Any:
     return ctypes.byref(_Norm(y.shape[0], y.shape[1], y[0, 0].numel(), *rest))
+
+
+def _expect(served: int | None) -> None:
+    if served == 0:
+        raise MemoryError("no memory for a batch norm's sums")
 
 
 def batch_norm(
@@ -59,13 +64,15 @@ def batch_norm(
     """
     out = torch.empty_like(y)
     batch = Batch(torch.empty_like(factor), torch.empty_like(factor))
-    planes = y.shape[0] * y.shape[1]
+    planes = y.shape[0] * y.shape[1] if y.is_contiguous() else 1
     passing = Passing(room_for_bits(y.numel(), planes) if relu and mask else None, planes, (ctypes.c_float * 2)())
     vectors = factor, weight, bias, norm.running_mean, norm.running_var, *batch
-    LIBRARY.eagerq_batch_norm(
+    run = LIBRARY.eagerq_batch_norm if y.is_contiguous() else LIBRARY.eagerq_batch_norm_last
+    served = run(
         *(y.data_ptr(), out.data_ptr(), address(passing.bits), relu),
         _norm(y, *map(address, vectors), ctypes.addressof(passing.ends), norm.eps, norm.pace),
     )
+    _expect(served)
     torch.autograd.graph.increment_version((norm.running_mean, norm.running_var))
     return out, batch, passing
 
@@ -82,8 +89,10 @@ def batch_norm_backward(
     """Gradients for ``y``, ``factor``, ``weight`` and ``bias``."""
     gradients = torch.empty_like(y), *(torch.empty_like(factor) for _ in range(3))
     vectors = factor, weight, None, None, None, *batch, None
-    LIBRARY.eagerq_batch_norm_backward(
+    run = LIBRARY.eagerq_batch_norm_backward if y.is_contiguous() else LIBRARY.eagerq_batch_norm_last_backward
+    served = run(
         *(grad.data_ptr(), y.data_ptr(), address(bits), *(one.data_ptr() for one in gradients)),
         _norm(y, *map(address, vectors), eps, 0.0),
     )
+    _expect(served)
     return gradients  # type: ignore[return-value]

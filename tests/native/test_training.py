@@ -154,7 +154,7 @@ def test_declines_what_it_does_not_serve() -> None:
     assert round_in_c(torch.ones(3), to._replace(rows=True)) is None
     assert round_in_c(torch.ones(()), to._replace(rows=True)) is None
     norm, ones = Norm(torch.zeros(3), torch.ones(3), 1e-3, 0.1), torch.ones(3)
-    for y in (torch.rand(2, 3), torch.rand(2, 3, 4).double(), torch.rand(2, 4, 3).transpose(1, 2), torch.rand(0, 3, 4)):
+    for y in (torch.rand(2, 3), torch.rand(2, 3, 4).double(), torch.rand(2, 3, 8)[..., ::2], torch.rand(0, 3, 4)):
         assert batch_norm_of_scaled(y, ones, ones, ones, norm) is None
     assert norm.running_mean.tolist() == [0, 0, 0]
     assert relu_(torch.ones(3, requires_grad=True)) is None
@@ -184,11 +184,13 @@ def normalized(y: Tensor, factor: Tensor, weight: Tensor, bias: Tensor, relu: bo
 
 
 @given(
-    st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 9), st.integers(1, 40)),
+    st.tuples(st.integers(1, 4), st.integers(1, 20), st.integers(1, 9), st.integers(1, 60)),
+    st.booleans(),
     st.booleans(),
     st.integers(0, 3),
 )
-def test_batch_norm_of_scaled(shape: tuple[int, ...], relu: bool, seed: int) -> None:
+def test_batch_norm_of_scaled(shape: tuple[int, ...], last: bool, relu: bool, seed: int) -> None:
+    """Contiguous, or with channels last in memory."""
     torch.manual_seed(seed)
     channels, count = shape[1], shape[0] * shape[2] * shape[3]
     if count < 2:
@@ -196,12 +198,15 @@ def test_batch_norm_of_scaled(shape: tuple[int, ...], relu: bool, seed: int) -> 
     factor = torch.randn(channels)
     factor = torch.where(factor.abs() < 0.1, 0.5, factor)
     y = torch.randn(shape) * factor.reshape(-1, 1, 1) * 2 + 0.3
+    if last:
+        y = y.contiguous(memory_format=torch.channels_last)
     weight, bias, grad = torch.randn(channels), torch.randn(channels), torch.randn(shape)
     inputs = [one.clone().requires_grad_() for one in (y, factor, weight, bias)]
     exact = [one.double().requires_grad_() for one in (y, factor, weight, bias)]
     running = Norm(torch.zeros(channels), torch.ones(channels), 1e-3, 0.1)
     out = batch_norm_of_scaled(*inputs, running, relu)
     assert out is not None
+    assert out.stride() == y.stride()
     wanted = normalized(*exact, relu)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
     sure = (wanted.abs() > 1e-4).double()  # elsewhere rounding decides on which side of zero a value lies
@@ -231,10 +236,38 @@ def test_a_channel_scaled_by_next_to_nothing() -> None:
     assert weight.grad.tolist() == [0]
 
 
+def test_the_order_in_memory_and_the_threads_do_not_matter() -> None:
+    """Statistics are rounded once, from sums in double."""
+    torch.manual_seed(0)
+    y, factor, weight = torch.randn(6, 24, 40, 50) * 3 + 1, torch.rand(24) + 0.5, torch.randn(24)
+    last = y.contiguous(memory_format=torch.channels_last)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for one, count in ((y, 1), (last, 1), (y, 2), (last, 2)):
+            torch.set_num_threads(count)
+            norm = Norm(torch.zeros(24), torch.ones(24), 1e-3, 0.1)
+            out = batch_norm_of_scaled(one, factor, weight, weight, norm, True)
+            assert out is not None
+            found.append((out, norm.running_mean, norm.running_var))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for mine, theirs in zip(found[0], other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+    assert all(map(torch.equal, found[0], found[2]))
+    assert all(map(torch.equal, found[1], found[3]))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("relu", [False, True])
-def test_second_derivatives_of_batch_norm(relu: bool) -> None:
+def test_second_derivatives_of_batch_norm(relu: bool, layout: torch.memory_format) -> None:
     torch.manual_seed(1)
-    values = torch.randn(2, 3, 4, 5), torch.rand(3) + 0.5, torch.randn(3), torch.randn(3)
+    values = (
+        torch.randn(2, 3, 4, 5).contiguous(memory_format=layout),
+        torch.rand(3) + 0.5,
+        torch.randn(3),
+        torch.randn(3),
+    )
 
     def penalty(dtype: torch.dtype) -> list[Any]:
         inputs = [one.to(dtype).requires_grad_() for one in values]
