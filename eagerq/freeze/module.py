@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from eagerq import native
 from eagerq.errors import InvalidArgumentError, UnsupportedError
 from eagerq.freeze.plan import Plan, Tape, Unplannable
+from eagerq.freeze.weights import give_up_weights
 from eagerq.qtensor import QTensor
 from eagerq.quantize.converting import RunWarnings
 
@@ -29,14 +30,15 @@ class _Guard:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        tables = (table for m in modules for table in (m._modules, m._parameters, m._buffers))
-        self._tables: list[dict[str, Any]] = [table for table in tables if table]
+        # what dict itself tells: a look at the buffers' own methods would bring back weights given up
+        tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._buffers, m._modules)]
+        self._tables = [table for table in tables if dict.__len__(table)]
         self._owners = [m for m in modules if "output" in m.__dict__]
         hooks = [*_GLOBAL_HOOKS, *(h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks))]
         self._warned = [h for h in hooks if len(h) == 1 and isinstance(next(iter(h.values())), RunWarnings)]
         self._hooks = [h for h in hooks if not any(h is one for one in self._warned)]
-        tensors = chain(model.parameters(), model.buffers())
-        self._tensors = [x for x in tensors if not x.is_inference()]
+        values = chain.from_iterable(map(dict.values, self._tables))
+        self._tensors = [x for x in values if isinstance(x, Tensor) and not x.is_inference()]
         self._known = self._look()
 
     def _look(self) -> tuple[Any, ...]:
@@ -132,6 +134,36 @@ class Frozen(nn.Module):
                 remedy="freeze the parts of it that can be, or use the converted model itself",
             ) from error
         self._wanted.add(key)
+
+    def pack_weights(self) -> int:
+        """Keep of each int8 weight only the packed form that the plans read, and give up the plain one.
+
+        Whoever looks at the weights of ``model``, by its ``state_dict`` or buffers, by copying, moving, compiling or
+        calling it, has them made again, bit for bit, and they stay; so does a call that no plan serves, and
+        :meth:`add`. A weight that anybody else holds is not given up.
+
+        Returns:
+            The bytes given up.
+
+        Example:
+            >>> import eagerq
+            >>> model = eagerq.QuantWrapper(nn.Conv2d(3, 8, 3)).eval()
+            >>> model.qconfig = eagerq.get_default_qconfig("onednn")
+            >>> x = torch.randn(1, 3, 16, 16)
+            >>> prepared = eagerq.prepare(model)
+            >>> _ = prepared(x)
+            >>> frozen = freeze(eagerq.convert(prepared), (x,))
+            >>> before = frozen(x)
+            >>> _ = frozen.pack_weights()
+            >>> torch.equal(frozen(x), before)
+            True
+        """
+        with self._lock:
+            holding = {key: known[1] for key, known in self._plans.items() if known is not None and known[0].holds()}
+            self._plans = {key: None for key, known in self._plans.items() if known is None}  # guards hold weights
+            given_up = give_up_weights(self.model) if holding else 0
+            self._plans |= {key: (_Guard(self.model), plan) for key, plan in holding.items()}
+        return given_up
 
 
 def _look(x: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Packed", "kept", "pack", "version"]
+__all__ = ["Packed", "Unpacker", "kept", "pack", "unpacker", "version"]
 
 _Form = TypeVar("_Form")
 
@@ -39,6 +39,11 @@ class Packed(NamedTuple):
             zero_point[self.odd],
             None if bias is None else bias[self.odd],
         )
+
+    def unpack(self) -> Tensor:
+        """What was packed."""
+        plain: Tensor = self.weight.to_dense()
+        return plain.t() if plain.dim() == 2 else plain  # linear ones are turned
 
 
 class _Entry(NamedTuple):
@@ -84,20 +89,62 @@ def kept(weight: Tensor, zero_point: Tensor, key: Any, make: Callable[[], _Form]
     """What ``make`` gives, kept for ``key`` as long as neither tensor changes."""
     if weight.is_inference() or zero_point.is_inference():  # has no version to tell a change by
         return make()
-    number, versions = id(weight), (weight._version, zero_point._version)
-    entry = _entries.get(number)
-    if entry is None or entry.alive() is not weight or entry.zero_point is not zero_point or entry.versions != versions:
-
-        def forget(_: Any, entries: dict[int, _Entry] = _entries) -> None:  # the module may be gone before the weight
-            entries.pop(number, None)
-
-        entry = _entries[number] = _Entry(weakref.ref(weight, forget), zero_point, versions, [])
+    entry = _entry(weight)
+    if entry is None or entry.zero_point is not zero_point:
+        entry = _enter(weight, zero_point, [])
     for known, packed in entry.layouts:
         if known == key:
             return packed
     made = make()
     entry.layouts[:] = [(key, made), *entry.layouts[: MOST_LAYOUTS - 1]]
     return made
+
+
+def _entry(weight: Tensor) -> _Entry | None:
+    """What is kept for a weight, unless it or its zero points have changed."""
+    entry = _entries.get(id(weight))
+    if entry is None or entry.alive() is not weight:
+        return None
+    return entry if entry.versions == (weight._version, entry.zero_point._version) else None
+
+
+def _enter(weight: Tensor, zero_point: Tensor, layouts: list[tuple[Any, Any]]) -> _Entry:
+    number = id(weight)
+
+    def forget(_: Any, entries: dict[int, _Entry] = _entries) -> None:  # the module may be gone before the weight
+        entries.pop(number, None)
+
+    entry = _Entry(weakref.ref(weight, forget), zero_point, (weight._version, zero_point._version), layouts)
+    _entries[number] = entry
+    return entry
+
+
+class Unpacker:
+    """Makes a weight again, bit for bit, of a packed form of it, which is kept for the new one too."""
+
+    def __init__(self, weight: Tensor, zero_point: Tensor, key: Any, form: Any) -> None:
+        self._shape, self._stride = weight.shape, weight.stride()
+        self._kept = (zero_point, [(key, form)])
+        self.bytes = weight.numel()
+
+    def __call__(self) -> Tensor:
+        zero_point, layouts = self._kept
+        plain = torch.empty_strided(self._shape, self._stride, dtype=torch.int8, device="cpu")
+        plain.copy_(layouts[0][1].unpack().reshape(self._shape))
+        _enter(plain, zero_point, list(layouts))
+        return plain
+
+
+def unpacker(weight: Tensor) -> Unpacker | None:
+    """What makes ``weight`` again, once it is given up; None where no packed form of it gives it back."""
+    entry = None if weight.is_inference() else _entry(weight)
+    if entry is None or weight.dtype is not torch.int8:
+        return None
+    for key, form in entry.layouts:
+        plain = form.unpack() if hasattr(form, "unpack") else weight[:0]
+        if plain.numel() == weight.numel() and torch.equal(plain.reshape(weight.shape), weight):
+            return Unpacker(weight, entry.zero_point, key, form)
+    return None
 
 
 def version(x: Tensor | None) -> tuple[int, int]:

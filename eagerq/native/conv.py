@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -32,15 +33,35 @@ def _dense(weight: Tensor) -> Tensor:
     vectors = -(-len(weight) // _LANES)
     whole = F.pad(rows, (0, -rows.shape[2] % 4, 0, 0, 0, vectors * _LANES - len(weight)))
     fours = whole.reshape(vectors, _LANES, -1, 4).transpose(1, 2)  # [vectors, fours, lanes, 4]
+    return torch.cat([fours[a:b].transpose(0, 1).flatten() for a, b in _blocks(vectors)])
+
+
+def _blocks(vectors: int) -> Iterator[tuple[int, int]]:
+    """Where each block of vectors begins and ends."""
     blocks = -(-vectors // _WIDEST)
-    ends = [number * vectors // blocks for number in range(blocks + 1)]
-    return torch.cat([fours[a:b].transpose(0, 1).flatten() for a, b in pairwise(ends)])
+    return pairwise(number * vectors // blocks for number in range(blocks + 1))
+
+
+def _from_dense(packed: Tensor, shape: torch.Size) -> Tensor:
+    """What :func:`_dense` packed."""
+    outputs, inputs, rows, columns = shape
+    vectors, row = -(-outputs // _LANES), columns * inputs
+    each = packed.numel() // vectors
+    fours = [packed[a * each : b * each].view(-1, b - a, _LANES, 4).transpose(0, 1) for a, b in _blocks(vectors)]
+    whole = torch.cat(fours).transpose(1, 2).reshape(vectors * _LANES, rows, -1)
+    return whole[:outputs, :, :row].unflatten(2, (columns, inputs)).permute(0, 3, 1, 2)
 
 
 def _depthwise(weight: Tensor) -> Tensor:
     """``[channels, 1, y, x]`` by sixteens; of each, four rows of a column of the window for each channel."""
     taps = F.pad(weight[:, 0], (0, 0, 0, -weight.shape[2] % 4, 0, -len(weight) % _LANES))
     return taps.unflatten(1, (-1, 4)).unflatten(0, (-1, _LANES)).permute(0, 2, 4, 1, 3)
+
+
+def _from_depthwise(packed: Tensor, shape: torch.Size) -> Tensor:
+    """What :func:`_depthwise` packed."""
+    rows = packed.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    return rows[: shape[0], None, : shape[2]]
 
 
 def _vectors(values: Tensor) -> Tensor:
@@ -59,6 +80,7 @@ class PackedConv:
 
     def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, depthwise: bool) -> None:
         outputs = len(weight)
+        self.shape = weight.shape
         self.source = (scale, bias)
         self.depthwise = depthwise
         packed = _depthwise(weight) if depthwise else _dense(weight)
@@ -68,6 +90,12 @@ class PackedConv:
         self._kept = [None if one is None else one.contiguous() for one in (packed, sums, zeros, *real)]
         self.layer = Layer(*(None if one is None else one.data_ptr() for one in self._kept))
         self.address = ctypes.addressof(self.layer)
+
+    def unpack(self) -> Tensor:
+        """The weight that was packed."""
+        packed = self._kept[0]
+        assert packed is not None
+        return (_from_depthwise if self.depthwise else _from_dense)(packed, self.shape)
 
 
 @lru_cache(maxsize=1024)
