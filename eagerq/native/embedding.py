@@ -39,7 +39,7 @@ def _table(weight: Tensor, scale: Tensor, zero_point: Tensor, columns: int | Non
     rows, pitch = weight.shape
     for x in (weight, scale, zero_point):
         wanted = torch.uint8 if x is weight else torch.float32
-        if x.dtype is not wanted or len(x) != rows or not x.is_contiguous() or not serves(x):
+        if x.dtype is not wanted or x.shape[0] != rows or not x.is_contiguous() or not serves(x):
             return None
     pointers = (weight.data_ptr(), rows, columns or pitch, pitch, scale.data_ptr(), zero_point.data_ptr())
     return _Table(*pointers, columns is not None)

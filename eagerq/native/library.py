@@ -155,7 +155,7 @@ def serves(x: Tensor) -> bool:
     """Whether ``x`` can be read through its address: a plain, dense CPU tensor, seen eagerly."""
     return (
         available
-        and x.device.type == "cpu"
+        and x.is_cpu
         and type(x) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
