@@ -1,7 +1,7 @@
 """The contenders: the float model, torch.ao, eagerq. Each takes a net down the same road in its own way."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class Backend:
 
     def deploy(self, model: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
         """A converted model as it runs at its best on inputs such as this one."""
+        return model
+
+    def serve(self, model: nn.Module, examples: Sequence[Tensor]) -> Callable[[Tensor], object]:
+        """The same for several inputs, and with nothing in memory that they do not need."""
         return model
 
 
@@ -95,6 +99,14 @@ class _Eagerq(Quantizing):
     def deploy(self, model: nn.Module, example: Tensor) -> Callable[[Tensor], object]:
         frozen: Callable[[Tensor], object] = self.api.freeze(model, (example,))
         return frozen
+
+    def serve(self, model: nn.Module, examples: Sequence[Tensor]) -> Callable[[Tensor], object]:
+        frozen: Any = self.deploy(model, examples[0])
+        for example in examples[1:]:
+            frozen.add((example,))
+        frozen.pack_weights()
+        served: Callable[[Tensor], object] = frozen
+        return served
 
 
 class Deployed(Backend):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .backends import Backend, contenders
-from .workloads import THREADS, inference, training_step
+from .workloads import THREADS, channels_last, classifier, inference, training_step
 
 ROOT = Path(__file__).resolve().parent.parent
 _RESET = Path("/proc/self/clear_refs")
@@ -72,7 +72,21 @@ def _resident(backend: Backend, net: str) -> int:
     return _status("RssAnon") - before
 
 
-TASKS: dict[str, Callable[[Backend, str], int]] = {"step": _step, "resident": _resident}
+def _served(backend: Backend, net: str) -> int:
+    """What a process holds that does nothing but answer, for batches of 8 and 1: weights and room for activations."""
+    _tidy()
+    before = _status("RssAnon")
+    images = [channels_last(torch.randn(batch, 3, 224, 224)) for batch in (8, 1)]
+    run = backend.serve(classifier(backend, net), images)
+    with torch.inference_mode():
+        for each in (*images, *images):
+            run(each)
+    del images, each
+    _tidy()
+    return _status("RssAnon") - before
+
+
+TASKS: dict[str, Callable[[Backend, str], int]] = {"step": _step, "resident": _resident, "served": _served}
 
 if __name__ == "__main__":
     task, net, contender, engine = sys.argv[1:]

@@ -78,5 +78,9 @@ def benchmarks() -> Iterator[Benchmark]:
     for net in NETS:
         yield Benchmark(SECTION, f"resident memory of int8 {net}", "MB", no_worse, partial(footprints, "resident", net))
     for net in NETS:
+        yield Benchmark(
+            SECTION, f"resident memory of served int8 {net}", "MB", no_worse, partial(footprints, "served", net)
+        )
+    for net in NETS:
         yield Benchmark(SECTION, f"{_WAY} {net}", "ms", no_worse, partial(_ways, net))
     yield Benchmark(SECTION, "import eagerq over torch", "ms", Goal("eagerq", 300), _import)
