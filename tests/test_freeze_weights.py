@@ -6,6 +6,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -319,6 +321,25 @@ def test_copies_hold_no_packed_weight(frozen: Frozen) -> None:
     assert not given_up(other)
     assert torch.equal(other(images()), frozen(images()))
     assert packing.unpacker(other.model.fc._weight) is not None
+
+
+def test_a_look_at_exit() -> None:
+    """When no thread can be started."""
+    program = (
+        "import atexit, torch, eagerq\n"
+        "from torch import nn\n"
+        "net = eagerq.QuantWrapper(nn.Linear(8, 4)).eval()\n"
+        "net.qconfig = eagerq.get_default_qconfig('onednn')\n"
+        "prepared = eagerq.prepare(net)\n"
+        "prepared(torch.randn(2, 8))\n"
+        "frozen = eagerq.freeze(eagerq.convert(prepared), (torch.randn(2, 8),))\n"
+        "look = lambda: int(frozen.state_dict()['model.module.weight'].sum(dtype=torch.int))\n"
+        "total = look()\n"
+        "assert frozen.pack_weights() == 32\n"
+        "atexit.register(lambda: print(look() == total))\n"
+    )
+    said = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert (said.stdout, said.stderr) == ("True\n", "")
 
 
 def test_every_way_into_a_dict_is_a_look() -> None:

@@ -24,8 +24,13 @@ _lock = threading.RLock()
 
 def _aside(make: Callable[[], _Result]) -> _Result:
     """``make()`` in a thread of its own, where no mode and no transform of the caller's holds."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            made = thread.submit(make)
+    except RuntimeError:  # the interpreter is shutting down, and starts no thread any more
+        with torch.inference_mode(False), torch.no_grad():
+            return make()
+    return made.result()
 
 
 class _Away(dict[str, Any]):
