@@ -88,6 +88,20 @@ def test_observes_and_rounds_as_the_formulas_do(
         assert torch.equal(out, values)
 
 
+@pytest.mark.parametrize("limits", [(-128, 127), (0, 127), (-8, 7)])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("half", [0.0065, 0.0071, 0.7])
+def test_halves_of_a_step(half: float, rows: bool, limits: tuple[int, int]) -> None:
+    """The last bit decides where they are rounded to."""
+    span = limits[1] - limits[0]
+    x = torch.arange(-span, span + 1).repeat(2, 1) * half
+    to = rounding(2 if rows else 1, limits, False, rows)
+    values = expected(x, None, to)[-1]
+    out = round_in_c(x, to)
+    assert out is not None
+    assert torch.equal(out, values)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("upstream", [torch.contiguous_format, torch.channels_last])
 def test_gradients_of_a_scaled_weight(layout: torch.memory_format, upstream: torch.memory_format) -> None:
