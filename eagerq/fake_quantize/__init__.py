@@ -19,7 +19,7 @@ from eagerq.fake_quantize.defaults import (
     fused_per_channel_wt_fake_quant_range_neg_127_to_127,
     fused_wt_fake_quant_range_neg_127_to_127,
 )
-from eagerq.fake_quantize.direct import is_plain, rounded_over, rounded_scaled
+from eagerq.fake_quantize.direct import is_ordinary, is_plain, rounded_over, rounded_scaled
 from eagerq.fake_quantize.learnable import LearnableFakeQuantize
 from eagerq.fake_quantize.modules import (
     FakeQuantize,
@@ -41,6 +41,7 @@ __all__ = [
     "enable_fake_quant",
     "enable_observer",
     # with the same result, in fewer passes
+    "is_ordinary",
     "is_plain",
     "rounded_over",
     "rounded_scaled",

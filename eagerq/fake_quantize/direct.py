@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 from eagerq.fake_quantize.modules import FakeQuantize, FusedMovingAvgObsFakeQuantize
 from eagerq.functional import channel_shape
 
-__all__ = ["is_plain", "rounded_over", "rounded_scaled"]
+__all__ = ["is_ordinary", "is_plain", "rounded_over", "rounded_scaled"]
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
@@ -22,9 +22,14 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     )
 
 
+def is_ordinary(rounding: Any) -> bool:
+    """Whether this is a fake quantizer that the functions below take another way."""
+    return is_plain(rounding, FakeQuantize, FusedMovingAvgObsFakeQuantize)
+
+
 def rounded_scaled(rounding: Any, x: Tensor, factor: Tensor) -> Tensor:
     """``rounding(x·factor)``, with a factor for each index of axis 0."""
-    if is_plain(rounding, FakeQuantize, FusedMovingAvgObsFakeQuantize):
+    if is_ordinary(rounding):
         rounded: Tensor = rounding.scaled(x, factor)
     else:
         rounded = rounding(x * factor.reshape(channel_shape(x.dim(), 0)))
@@ -33,6 +38,5 @@ def rounded_scaled(rounding: Any, x: Tensor, factor: Tensor) -> Tensor:
 
 def rounded_over(rounding: Any, x: Tensor) -> Tensor:
     """``rounding(x)``, for an ``x`` that nobody else looks at: its memory may take the result."""
-    plain = is_plain(rounding, FakeQuantize, FusedMovingAvgObsFakeQuantize)
-    rounded: Tensor = rounding.over(x) if plain else rounding(x)
+    rounded: Tensor = rounding.over(x) if is_ordinary(rounding) else rounding(x)
     return rounded

@@ -294,6 +294,14 @@ def test_what_a_subclass_kept_stays() -> None:
     assert len(model.body[0].kept.unique()) > 256
 
 
+def test_a_float_model_adds_as_torch_does() -> None:
+    """With all that torch's own operators can be differentiated by."""
+    plus = eagerq.nn.quantized.FloatFunctional()
+    _, tangent = torch.func.jvp(plus.add_relu, (torch.ones(3), torch.ones(3)), (torch.ones(3), torch.ones(3)))
+    assert tangent.tolist() == [2, 2, 2]
+    assert type(plus.add(torch.ones(3, requires_grad=True), torch.ones(3)).grad_fn).__name__ == "AddBackward0"
+
+
 def test_forward_itself_does_not_round() -> None:
     layer = prepared().body[0]
     assert isinstance(layer.activation_post_process, FakeQuantize)

@@ -209,9 +209,10 @@ def test_parameters_are_float32s_in_the_state() -> None:
     assert math.isclose(ours.scale, 0.25)
 
 
-def test_unobserved_is_an_identity() -> None:
+@pytest.mark.parametrize("make", [quantized.FloatFunctional, quantized.FXFloatFunctional])
+def test_unobserved_is_an_identity(make: type[quantized.FloatFunctional]) -> None:
     """Before prepare, FloatFunctional is arithmetic and no more."""
-    ff = quantized.FloatFunctional()
+    ff = make()
     x, y = torch.randn(2, 3), torch.randn(2, 3)
     assert torch.equal(ff.add(x, y), x + y)
     assert torch.equal(ff.mul(x, y), x * y)
@@ -220,7 +221,7 @@ def test_unobserved_is_an_identity() -> None:
     assert torch.equal(ff.matmul(x, y.t()), x @ y.t())
     assert torch.equal(ff.add_scalar(x, 2.0), x + 2)
     assert torch.equal(ff.mul_scalar(x, 2.0), x * 2)
-    for module in (ff, quantized.FXFloatFunctional(), quantized.QFunctional()):
+    for module in (ff, quantized.QFunctional()):
         with pytest.raises(RuntimeError, match="has no forward"):
             module(x)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eagerq import kernels
 from eagerq.errors import InvalidConfigError
-from eagerq.fake_quantize import rounded_over
+from eagerq.fake_quantize import is_ordinary, rounded_over
 from eagerq.functional import sum_in_c
 from eagerq.nn.quantized.base import Output, RequantizingModule, expect_quantized
 from eagerq.qtensor import QTensor
@@ -45,7 +45,13 @@ class FloatFunctional(_Operations):
         return rounded_over(self.activation_post_process, x)
 
     def _sum(self, x: Tensor, y: Tensor, relu: bool) -> Tensor:
-        total = sum_in_c(x, y, relu) if isinstance(x, Tensor) and isinstance(y, Tensor) else None
+        total = None
+        if (
+            is_ordinary(self._modules.get("activation_post_process"))
+            and isinstance(x, Tensor)
+            and isinstance(y, Tensor)
+        ):
+            total = sum_in_c(x, y, relu)
         if total is None:
             total = F.relu(torch.add(x, y)) if relu else torch.add(x, y)
         return self._observed(total)
