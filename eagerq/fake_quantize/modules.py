@@ -157,17 +157,29 @@ class FakeQuantize(FakeQuantizeBase):
         return x
 
     def _in_one_go(self, x: Tensor, factor: Tensor | None, own: bool) -> Tensor | None:
-        running = self._running() if self._observer_on else None
-        other = self.ch_axis != 0 if self.is_per_channel else factor is not None
-        if other or (self._observer_on and running is None):
+        to = self.rounding()
+        if to is None or (factor is not None and not to.rows):
             return None
-        if running and self.is_per_channel and not running.low.numel() and not torch.compiler.is_compiling():
-            running = self._make_room(x.shape[0]) if x.numel() else None
-        to = Rounding(self.scale, self.zero_point, self.quant_min, self.quant_max, self.is_per_channel, running)
         if torch.compiler.is_compiling():
-            return rounded_in_graph(x, to, factor, getattr(self.activation_post_process, "nonfinite_batches", None))
+            return rounded_in_graph(x, to, factor, self.nonfinite_batches)
+        if to.running and to.rows and not to.running.low.numel():
+            running = self._make_room(x.shape[0]) if x.numel() else None
+            to = to._replace(scale=self.scale, zero_point=self.zero_point, running=running)
         rounded = round_over(x, to) if own else None
         return round_in_c(x, to, factor) if rounded is None else rounded
+
+    def rounding(self) -> Rounding | None:
+        """What :meth:`forward` does at present, if that is to round in one pass, by rows or all alike."""
+        running = self._running() if self._observer_on else None
+        other = self.is_per_channel and self.ch_axis != 0
+        if other or not self._fake_quant_on or (self._observer_on and running is None):
+            return None
+        return Rounding(self.scale, self.zero_point, self.quant_min, self.quant_max, self.is_per_channel, running)
+
+    @property
+    def nonfinite_batches(self) -> Tensor | None:
+        """The observer's count of ranges left out, if it counts."""
+        return getattr(self.activation_post_process, "nonfinite_batches", None)
 
     def _running(self) -> Running | None:
         """The range that scale and zero point follow by the formula of fused kernels, if they do."""

@@ -6,7 +6,7 @@ per-channel ones ``[channels]``.
 """
 
 from eagerq.functional.folding import fold_transposed
-from eagerq.functional.in_c import Rounding, Running, relu_, round_in_c, round_over, sum_in_c
+from eagerq.functional.in_c import Rounding, Running, in_order, relu_, round_in_c, round_over, sum_in_c
 from eagerq.functional.normalizing import Norm, batch_norm_of_scaled
 from eagerq.functional.qparams import (
     affine_qparams,
@@ -39,6 +39,7 @@ __all__ = [
     # several steps at once, in C
     "Rounding",
     "Running",
+    "in_order",
     "rebuilt",
     "relu_",
     "round_in_c",

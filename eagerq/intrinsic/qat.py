@@ -15,6 +15,7 @@ from eagerq.checkpoint import UpgradingModule, rename
 from eagerq.fake_quantize import is_plain, rounded_scaled
 from eagerq.functional import Norm, batch_norm_of_scaled, channel_shape
 from eagerq.intrinsic import fused
+from eagerq.intrinsic.in_graph import layer_in_graph
 from eagerq.kernels.dispatch import Kernel
 from eagerq.nn.qat import Conv1d, Conv2d, Conv3d, Linear
 from eagerq.nn.qat.base import QATMixin
@@ -121,14 +122,21 @@ class BatchNormMixin(QATMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         folded = self._fold_factor()
+        if torch.compiler.is_compiling() and (out := layer_in_graph(self, x, folded)) is not None:
+            return out
         # a channel that the batch norm multiplies by zero still has statistics and gradients
         factor = torch.where(folded == 0, 1.0, folded)
         weight = rounded_scaled(self.weight_fake_quant, self.weight, factor)
-        if not self._bn_is_plain(factor):
+        if torch.compiler.is_compiling() or not self._bn_is_plain(factor):
             return self._by_the_book(self._computed(x, weight, None), factor)
         if not self.bn.training:
             return self._frozen(x, weight, factor, folded)
         return self._trained(self._computed(x, weight, None), factor)
+
+    def _shift(self, folded: Tensor) -> Tensor:
+        """All that is left of a frozen batch norm beside the folded weight."""
+        shift = -self.bn.running_mean if self.bias is None else self.bias - self.bn.running_mean
+        return torch.addcmul(self.bn.bias, shift, folded)
 
     def _by_the_book(self, y: Tensor, factor: Tensor) -> Tensor:
         shape = channel_shape(y.dim(), 1)
@@ -140,20 +148,17 @@ class BatchNormMixin(QATMixin):
         """Whether the batch norm can be computed another way, with the same result."""
         bn = self.bn
         return (
-            not torch.compiler.is_compiling()
-            and is_plain(bn, _BATCH_NORMS[self.weight.dim()])
+            is_plain(bn, _BATCH_NORMS[self.weight.dim()])
             and bn.affine
             and bn.running_mean is not None
             and factor.dtype is torch.float32
         )
 
     def _frozen(self, x: Tensor, weight: Tensor, factor: Tensor, folded: Tensor) -> Tensor:
-        """By the running statistics: all that is left of the batch norm is the layer's bias."""
-        bn = self.bn
-        shift = -bn.running_mean if self.bias is None else self.bias - bn.running_mean
+        """By the running statistics."""
         if not native.serves(folded) or not folded.all():  # no other device is waited for
             weight = weight * (folded / factor).reshape(channel_shape(weight.dim(), 0))
-        return self._activated(self._computed(x, weight, torch.addcmul(bn.bias, shift, folded)))
+        return self._activated(self._computed(x, weight, self._shift(folded)))
 
     def _trained(self, y: Tensor, factor: Tensor) -> Tensor:
         """By the batch's statistics, which become part of the running ones."""

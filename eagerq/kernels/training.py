@@ -14,6 +14,7 @@ from torch import Tensor
 from eagerq import native
 from eagerq.functional import channel_shape, min_max, moving_average, training_qparams, update_natively
 from eagerq.kernels.dispatch import Kernel
+from eagerq.kernels.storing import storing
 from eagerq.native import Rounding, Running
 
 __all__ = ["qparams_in_graph", "rounded_in_graph"]
@@ -143,6 +144,23 @@ def _observed(
     return result
 
 
+def observed_rows(x: Tensor, factor: Tensor | None, to: Rounding, skipped: Tensor | None) -> Tensor:
+    """Round rows of a weight ``x·factor``, taken into the running range first if ``to`` has one; not in a graph.
+
+    Returns:
+        The rounded weight, of a convolution of images in channels_last.
+    """
+    result = native.fake_quantize(x, to, factor, mask=False, last=True)
+    if result is None:
+        assert to.running is not None
+        assert skipped is not None
+        low, high, constant, symmetric = to.running
+        numbers = to.quant_min, to.quant_max, low, high, skipped, constant, symmetric
+        rounded: Tensor = _observed(x, factor, to.scale, to.zero_point, *numbers)[0]
+        return rounded
+    return result[0]
+
+
 def _rounded_like(x: Tensor, factor: Tensor | None, scale: Tensor, *rest: Any) -> Any:
     rows = scale.numel()
     if rows == 1:
@@ -170,7 +188,12 @@ _GRADIENT = "(Tensor grad, Tensor inside, Tensor x, Tensor? factor)"
 def _twice(name: str, schema: str, run: Any, fake: Any) -> dict[bool, Kernel]:
     """An operator for tensors whose rows have parameters of their own, and one for tensors of any layout."""
     return {
-        rows: Kernel(f"{name}{'_rows' * rows}{schema} -> (Tensor, Tensor)", run, fake, any_layout=not rows)
+        rows: Kernel(
+            f"{name}{'_rows' * rows}{schema} -> (Tensor, Tensor)",
+            run,
+            fake if rows else storing(name, fake, images=False),
+            any_layout=not rows,
+        )
         for rows in (False, True)
     }
 

@@ -70,9 +70,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "batch_norm_last": [_POINTER] * 3 + [_FLAG, _POINTER],
     "batch_norm_last_backward": [_POINTER] * 8,
     "fake_quantize": [_POINTER] * 3 + [_COUNT, ctypes.POINTER(Quantizer)],
-    "fake_quantize_rows": [_POINTER] * 4 + [_COUNT] * 2 + [ctypes.POINTER(Quantizer)],
+    "fake_quantize_rows": [_POINTER] * 4 + [_COUNT] * 3 + [ctypes.POINTER(Quantizer)],
     "masked": [_POINTER] * 3 + [_COUNT],
-    "masked_rows": [_POINTER] * 6 + [_COUNT] * 2,
+    "masked_rows": [_POINTER] * 6 + [_COUNT] * 3,
     "max_pool": [_POINTER] * 2 + [_COUNT] * 6 + [_POINTER, _FLAG],
     "mean": [_POINTER] * 2 + [_COUNT] * 3 + [_REAL] * 3 + [_FLAG],
     "recur_end": [_POINTER],
@@ -89,7 +89,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 _ANSWERING = (
     *("embedding", "embedding_bag", "fake_quantize", "fake_quantize_rows", "linear_dynamic", "quantize_dynamic"),
     *("recur_end", "recur_gates", "round_over"),
-    *("batch_norm_last", "batch_norm_last_backward"),
+    *("batch_norm_last", "batch_norm_last_backward", "masked_rows"),
 )
 
 

@@ -1,4 +1,5 @@
 /* Fake quantization while training; numbers are those of eagerq.functional. */
+#include <omp.h>
 #include <stdlib.h>
 
 #include "common.h"
@@ -188,11 +189,44 @@ EXPORT int eagerq_round_over(float *x, u8 *mask, int merge, i64 rows, i64 width,
     return 1;
 }
 
-/* Each row of x·factor by its own scale; a row of the mask starts on a byte. Returns as above. */
+/* A matrix turned: out[j][i] = x[i][j]. Convolutions have few taps, so that columns are few. */
+static inline __attribute__((always_inline)) void turn_by(const float *restrict x, float *restrict out, i64 rows,
+                                                          i64 columns) {
+    for (i64 i = 0; i < rows; i++)
+        for (i64 j = 0; j < columns; j++) out[j * rows + i] = x[i * columns + j];
+}
+
+static inline __attribute__((always_inline)) void turn_back_by(const float *restrict x, float *restrict out,
+                                                               i64 rows, i64 columns) {
+    for (i64 i = 0; i < rows; i++)
+        for (i64 j = 0; j < columns; j++) out[i * columns + j] = x[j * rows + i];
+}
+
+static void turn(const float *x, float *out, i64 rows, i64 columns) {
+    if (columns == 9) turn_by(x, out, rows, 9);
+    else turn_by(x, out, rows, columns);
+}
+
+static void turn_back(const float *x, float *out, i64 rows, i64 columns) {
+    if (columns == 9) turn_back_by(x, out, rows, 9);
+    else turn_back_by(x, out, rows, columns);
+}
+
+/* Room for a row of each thread, where rows are turned. */
+static float *spare_rows(i64 taps, i64 width) {
+    return taps > 1 ? malloc((size_t)omp_get_max_threads() * width * sizeof(float)) : 0;
+}
+
+/* Each row of x·factor by its own scale; a row of the mask starts on a byte. With taps, rows hold channels of so many
+ * taps, and come out as taps of so many channels: channels_last. Returns as above. */
 EXPORT int eagerq_fake_quantize_rows(const float *x, const float *factors, float *out, u8 *mask, i64 rows, i64 width,
-                                     const Quantizer *q) {
+                                     i64 taps, const Quantizer *q) {
     Fresh *fresh = q->low ? malloc(rows * sizeof *fresh) : 0;
-    if (q->low && !fresh) return 0;
+    float *spare = spare_rows(taps, width);
+    if ((q->low && !fresh) || (taps > 1 && !spare)) {
+        free(fresh), free(spare);
+        return 0;
+    }
     const i64 bytes = (width + 7) / 8;
     int finite = 1;
 #pragma omp parallel for schedule(static) reduction(& : finite) if (rows * width > 2 * BLOCK)
@@ -207,19 +241,21 @@ EXPORT int eagerq_fake_quantize_rows(const float *x, const float *factors, float
             finite &= factor < 0 ? observe(q, row, high, low, &now) : observe(q, row, low, high, &now);
             fresh[row] = now;
         }
+        float *to = spare ? spare + omp_get_thread_num() * width : out + row * width;
         for (i64 at = 0; at < width; at += BLOCK)
-            fake_block(from + at, factor, out + row * width + at, mask ? mask + row * bytes + at / 8 : 0,
+            fake_block(from + at, factor, to + at, mask ? mask + row * bytes + at / 8 : 0,
                        width - at < BLOCK ? width - at : BLOCK, now.scale, (float)now.zero, (float)q->quant_min,
                        (float)q->quant_max);
+        if (spare) turn(to, out + row * width, width / taps, taps);
     }
     if (fresh && finite) commit(q, rows, fresh);
-    free(fresh);
+    free(fresh), free(spare);
     return finite;
 }
 
 /* out = grad · factor where the bit is set, else 0; returns the sum of grad · x there, if there is an x */
-CLONES static double masked_block(const float *restrict grad, const u8 *restrict mask, const float *restrict x,
-                                  float factor, float *restrict out, i64 n) {
+CLONES static double masked_block(const float *grad, const u8 *restrict mask, const float *restrict x,
+                                  float factor, float *out, i64 n) {
     float sums[16] = {0};
     double sum = 0;
     i64 whole = n / 16 * 16;
@@ -246,17 +282,28 @@ EXPORT void eagerq_masked(const float *grad, const u8 *mask, float *out, i64 n) 
     }
 }
 
-/* Gradients of eagerq_fake_quantize_rows for x and, if there are factors, for these. */
-EXPORT void eagerq_masked_rows(const float *grad, const u8 *mask, const float *x, const float *factors, float *out,
-                               float *of_factors, i64 rows, i64 width) {
+/* Gradients of eagerq_fake_quantize_rows for x and, if there are factors, for these; out may be where grad is.
+ * Returns 0 if there is no memory. */
+EXPORT int eagerq_masked_rows(const float *grad, const u8 *mask, const float *x, const float *factors, float *out,
+                              float *of_factors, i64 rows, i64 width, i64 taps) {
     const i64 bytes = (width + 7) / 8;
+    float *spare = spare_rows(taps, width);
+    if (taps > 1 && !spare) return 0;
 #pragma omp parallel for schedule(static) if (rows * width > 2 * BLOCK)
     for (i64 row = 0; row < rows; row++) {
         i64 at = row * width;
-        double sum = masked_block(grad + at, mask + row * bytes, factors ? x + at : 0, factors ? factors[row] : 1.0f,
+        const float *from = grad + at;
+        if (spare) {
+            float *turned = spare + omp_get_thread_num() * width;
+            turn_back(from, turned, width / taps, taps);
+            from = turned;
+        }
+        double sum = masked_block(from, mask + row * bytes, factors ? x + at : 0, factors ? factors[row] : 1.0f,
                                   out + at, width);
         if (factors) of_factors[row] = (float)sum;
     }
+    free(spare);
+    return 1;
 }
 
 CLONES static void rectify_block(float *x, u8 *restrict mask, i64 n) {

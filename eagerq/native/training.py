@@ -17,6 +17,7 @@ __all__ = [
     "fake_quantize",
     "masked",
     "masked_rows",
+    "masked_rows_",
     "rectify_",
     "room_for_bits",
     "round_over",
@@ -94,18 +95,27 @@ def _updated(to: Rounding) -> None:
         torch.autograd.graph.increment_version((to.scale, to.zero_point, to.running.low, to.running.high))
 
 
-def fake_quantize(x: Tensor, to: Rounding, factor: Tensor | None, mask: bool) -> tuple[Tensor, Tensor | None] | None:
+def _taps_of(weight: Tensor) -> int:
+    """How many values a pair of channels has in a contiguous weight whose order in channels_last is another one."""
+    return weight[0, 0].numel() if weight.dim() == 4 and weight.shape[1] > 1 and weight.is_contiguous() else 1
+
+
+def fake_quantize(
+    x: Tensor, to: Rounding, factor: Tensor | None, mask: bool, last: bool = False
+) -> tuple[Tensor, Tensor | None] | None:
     """Take ``x·factor`` into the running range, if there is one, and round it.
 
     Args:
         x: float32, dense.
         factor: float32, one for each index of axis 0; only with rows.
         mask: keep a bit for each value, whether it was inside the range; each row starts a byte.
+        last: store the rounded values of a convolution's weight as channels_last; only with rows.
 
     Returns:
         The rounded values, like ``x``, and the bits; None, with nothing changed, for values that are not finite.
     """
-    out = torch.empty_like(x)
+    taps = _taps_of(x) if last else 1
+    out = torch.empty_like(x, memory_format=torch.channels_last if taps > 1 else torch.preserve_format)
     count = x.numel()
     rows = len(x) if to.rows else 1
     width = count // rows
@@ -114,7 +124,7 @@ def fake_quantize(x: Tensor, to: Rounding, factor: Tensor | None, mask: bool) ->
     arguments = out.data_ptr(), address(inside)
     if to.rows:
         finite = LIBRARY.eagerq_fake_quantize_rows(
-            x.data_ptr(), address(factor), *arguments, rows, width, ctypes.byref(quantizer)
+            x.data_ptr(), address(factor), *arguments, rows, width, taps, ctypes.byref(quantizer)
         )
     else:
         finite = LIBRARY.eagerq_fake_quantize(x.data_ptr(), *arguments, count, ctypes.byref(quantizer))
@@ -154,12 +164,26 @@ def masked_rows(
     grad: Tensor, inside: Tensor, x: Tensor | None, factor: Tensor | None, rows: int
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the rounded ``x·factor`` for ``x`` and ``factor``; all float32, dense, of one layout."""
-    out = torch.empty_like(grad)
+    return _masked_rows(grad, inside, x, factor, rows, torch.empty_like(grad), 1)
+
+
+def masked_rows_(grad: Tensor, inside: Tensor, weight: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As :func:`masked_rows`, in the memory of ``grad``: that may be channels_last, and gets the weight's order."""
+    taps = _taps_of(weight)
+    out = grad.as_strided(weight.shape, weight.stride())
+    return _masked_rows(grad, inside, weight, factor, len(weight), out, taps)
+
+
+def _masked_rows(
+    grad: Tensor, inside: Tensor, x: Tensor | None, factor: Tensor | None, rows: int, out: Tensor, taps: int
+) -> tuple[Tensor, Tensor | None]:
     of_factor = None if factor is None else torch.empty_like(factor)
-    LIBRARY.eagerq_masked_rows(
+    done = LIBRARY.eagerq_masked_rows(
         *(grad.data_ptr(), inside.data_ptr(), address(x), address(factor), out.data_ptr(), address(of_factor)),
-        *(rows, grad.numel() // rows),
+        *(rows, grad.numel() // rows, taps),
     )
+    if not done:
+        raise MemoryError("no memory to turn a weight's gradient")
     return out, of_factor
 
 

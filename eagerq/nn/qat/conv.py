@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from eagerq.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize, is_plain
+from eagerq.kernels.training_layers import Geometry, convolution_in_graph
 from eagerq.nn.qat.base import QATMixin
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvQAT"]
@@ -17,6 +19,16 @@ class ConvQAT(QATMixin, nn.modules.conv._ConvNd):
     def _affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = self._conv_forward(x, weight, bias)
         return y
+
+    def _convolved(self, x: Tensor, factor: Tensor | None, bias: Tensor | None, relu: bool = True) -> Tensor | None:
+        rounded: Any = self.weight_fake_quant
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return None
+        if not is_plain(rounded, FakeQuantize, FusedMovingAvgObsFakeQuantize) or (to := rounded.rounding()) is None:
+            return None
+        geometry = Geometry(self.stride, self.padding, self.dilation, self.groups)
+        relu = relu and self.post_op == "relu"
+        return convolution_in_graph(x, self.weight, factor, bias, to, rounded.nonfinite_batches, geometry, relu)
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""QAT layers with a batch norm in code that is being compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagerq.functional import Norm
+from eagerq.kernels.training_norm import batch_norm_in_graph
+
+__all__ = ["layer_in_graph"]
+
+
+def layer_in_graph(layer: Any, x: Tensor, folded: Tensor) -> Tensor | None:
+    """The layer's forward pass by operators made for that; None where these do not serve.
+
+    Args:
+        layer: a :class:`~eagerq.intrinsic.qat.BatchNormMixin`.
+        folded: what its batch norm multiplies each channel by, when folded.
+    """
+    out: Tensor | None
+    if not layer.bn.training and layer._bn_is_plain(folded):
+        out = layer._convolved(x, folded, layer._shift(folded))
+        return out
+    factor = torch.where(folded == 0, 1.0, folded)
+    out = layer._convolved(x, factor, None, relu=False)
+    if out is None:
+        return None
+    normed = _normed(layer, out, factor)
+    return layer._by_the_book(out, factor) if normed is None else normed
+
+
+def _normed(layer: Any, y: Tensor, factor: Tensor) -> Tensor | None:
+    bn = layer.bn
+    if layer.bias is not None or bn.momentum is None or not bn.training or not layer._bn_is_plain(factor):
+        return None
+    norm = Norm(bn.running_mean, bn.running_var, bn.eps, bn.momentum)
+    out = batch_norm_in_graph(y, factor, bn.weight, bn.bias, norm, layer.post_op == "relu")
+    if out is not None:
+        bn.num_batches_tracked.add_(1)
+    return out
