@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eagerq import native
+from eagerq.freeze.program import Group, Memory, Program, groups, storage
 from eagerq.qtensor import QTensor
 
 __all__ = ["Plan", "Tape", "Unplannable"]
@@ -39,6 +40,14 @@ class _Step:
             and all(a is b for a, b in zip(args, self.leaves, strict=False))
             and (len(args) == len(self.leaves))
         )
+
+    def bound(self) -> native.Bound | None:
+        """The call of the C library that this step is, if it is one."""
+        binding = getattr(self.function, "binding", None)
+        told: native.Bound | None = None
+        if binding is not None:
+            told = binding(*pytree.tree_unflatten(self.leaves, self.spec)[0])
+        return told
 
 
 class Tape(TorchDispatchMode):
@@ -99,7 +108,8 @@ class Plan:
         self._alive: list[Any] = []  # what C reads by its address, and nothing that the forward made
         self._calls = list(self._bind(steps, leaves))
         self._fresh = list(self._values)
-        reused = {_storage(step.results[0]) for step in steps if _binding(step)}
+        results = (x for step in steps for x in step.results if isinstance(x, Tensor))
+        reused = {storage(x) for x in results if slots[id(x)] in self._buffers}
         self._leaves = [self._leaf(leaf, reused) for leaf in leaves]
         del self._slots, self._all_slots  # ids mean nothing any more
 
@@ -109,61 +119,67 @@ class Plan:
         slot = self._slots.get(id(integers)) if isinstance(integers, Tensor) else None
         if slot is None:
             return None, leaf
-        own = torch.clone if _storage(integers) in reused else _itself  # the next forward writes there
+        own = torch.clone if storage(integers) in reused else _itself  # the next forward writes there
         if isinstance(leaf, QTensor):
             scale, zero_point, axis = leaf.scale, leaf.zero_point, leaf.axis
             return slot, lambda x: QTensor(own(x), scale, zero_point, axis)
         return slot, own
 
     def _bind(self, steps: list[_Step], outputs: list[Any]) -> Iterator[Callable[[], Any]]:
-        last = self._last_uses(steps, outputs)
-        free: list[Tensor] = []
-        held: dict[int, Tensor] = {}
-        for number, step in enumerate(steps):
-            binding = _binding(step)
-            if binding is None:
-                yield self._repeat(step)
-            else:
+        calls = [step.bound() for step in steps]
+        together = groups(calls, [step.results[0] if step.results else None for step in steps])
+        uses, threads = _uses(steps, outputs), torch.get_num_threads()
+        memory = Memory({place: numbers[-1] for place, numbers in uses.items()}, threads)
+        program = Program(self._values, threads)
+        for number, (step, call, group) in enumerate(zip(steps, calls, together, strict=True)):
+            memory.enter(group)
+            if call is not None:
                 (result,) = step.results
-                place = _storage(result)
-                held[place] = _room(result, free)
-                slot = self._all_slots[id(result)]
-                self._values[slot] = self._buffers[slot] = _laid_out_as(result, held[place])
-                yield self._call(step, binding, self._values[slot])
+                touching = uses[storage(result)]
+                read = [self._place(x) for x in call.read]
+                if touching == [number, len(steps)]:
+                    program.add(call, group, read, None)
+                    program.give(self._all_slots[id(result)], result)
+                else:
+                    inside = all(use < len(steps) and together[use] is group for use in touching)
+                    program.add(call, group, read, self._room(result, group if inside else None, memory))
+                self._alive += [leaf for leaf in step.leaves if id(leaf) not in self._slots]
+            elif self._is_view(step):
+                self._view(step)
+            else:
+                yield from program.calls()
+                yield self._repeat(step)
             self._slots.update((id(x), self._all_slots[id(x)]) for x in step.results if isinstance(x, Tensor))
-            for place in [place for place in held if last.get(place, number) <= number]:
-                free.append(held.pop(place))
+            memory.release(number)
+        yield from program.calls()
 
-    def _last_uses(self, steps: list[_Step], outputs: list[Any]) -> dict[int, int]:
-        """For each piece of memory, the last step that touches it; what is given out is never reused."""
-        last: dict[int, int] = {}
-        for number, step in enumerate(steps):
-            for x in chain(step.leaves, step.results):
-                if isinstance(x, Tensor):
-                    last[_storage(x)] = number
-        for leaf in outputs:
-            if isinstance(leaf, Tensor):
-                last[_storage(leaf.integers if isinstance(leaf, QTensor) else leaf)] = len(steps)
-        return last
+    def _room(self, result: Tensor, group: Group | None, memory: Memory) -> Tensor:
+        """Memory for a result, or where only a group touches it, that of an image for each thread."""
+        slot = self._all_slots[id(result)]
+        if group is not None:
+            out = memory.own(result, group.images)
+        else:
+            out = self._values[slot] = memory.whole(result)
+        self._buffers[slot] = out
+        return out
 
-    def _call(self, step: _Step, binding: Callable[..., Any], out: Tensor) -> Callable[[], Any]:
-        """The C function itself on addresses, which are known beforehand but for tensors that torch makes anew."""
-        read, function, rest = binding(*pytree.tree_unflatten(step.leaves, step.spec)[0])
-        rest = (out.data_ptr(), *rest)
-        self._alive += [leaf for leaf in step.leaves if id(leaf) not in self._slots]
-        slots = [self._slots.get(id(x), -1) for x in read]
-        # a tensor of the model's own has no slot
-        fixed = [x if slot < 0 else self._buffers.get(slot) for x, slot in zip(read, slots, strict=True)]
-        known = [x.data_ptr() for x in fixed if x is not None]
-        if len(known) == len(fixed):
-            return partial(function, *known, *rest)
-        values = self._values
+    def _place(self, x: Tensor) -> Tensor | int:
+        """Where a recorded tensor lies, if that is known beforehand, else its slot; the model's own have none."""
+        slot = self._slots.get(id(x))
+        return x if slot is None else self._buffers.get(slot, slot)
 
-        def call() -> None:
-            here = (values[slot] if x is None else x for x, slot in zip(fixed, slots, strict=True))
-            function(*(x.data_ptr() for x in here), *rest)
+    def _is_view(self, step: _Step) -> bool:
+        """Whether the step does no more than look at a buffer."""
+        first = step.leaves[0] if step.leaves else None
+        return bool(getattr(step.function, "is_view", False)) and self._slots.get(id(first)) in self._buffers
 
-        return call
+    def _view(self, step: _Step) -> None:
+        """Look at the buffer, once and for all."""
+        leaves = [self._buffers[self._slots[id(x)]] if id(x) in self._slots else x for x in step.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, step.spec)
+        for x, result in zip(step.results, pytree.tree_leaves(step.function(*args, **kwargs)), strict=True):
+            slot = self._all_slots[id(x)]
+            self._values[slot] = self._buffers[slot] = result
 
     def _repeat(self, step: _Step) -> Callable[[], Any]:
         """The step's own function on what is there then."""
@@ -209,23 +225,14 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def _binding(step: _Step) -> Callable[..., Any] | None:
-    found: Callable[..., Any] | None = getattr(step.function, "binding", None)
-    return found
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr() if x.layout is torch.strided else -id(x)  # a packed weight has none
-
-
-def _room(x: Tensor, free: list[Tensor]) -> Tensor:
-    """The least of the free pieces of memory that has room for ``x``, or a new one."""
-    size = max(x.numel() * x.element_size(), 1)
-    fitting = [number for number, piece in enumerate(free) if piece.numel() >= size]
-    if fitting:
-        return free.pop(min(fitting, key=lambda number: free[number].numel()))
-    return torch.empty(size + -size % 64, dtype=torch.uint8)  # of whole elements, whatever they are
-
-
-def _laid_out_as(x: Tensor, memory: Tensor) -> Tensor:
-    return memory.view(x.dtype).as_strided(x.shape, x.stride())
+def _uses(steps: list[_Step], outputs: list[Any]) -> dict[int, list[int]]:
+    """For each piece of memory, the steps that touch it, and their number where it is given out."""
+    uses: dict[int, list[int]] = {}
+    for number, step in enumerate(steps):
+        for x in chain(step.leaves, step.results):
+            if isinstance(x, Tensor):
+                uses.setdefault(storage(x), []).append(number)
+    for leaf in outputs:
+        if isinstance(leaf, Tensor):
+            uses.setdefault(storage(leaf.integers if isinstance(leaf, QTensor) else leaf), []).append(len(steps))
+    return uses

@@ -2,11 +2,12 @@
 
 from eagerq.native.conv import PackedConv, conv, conv_ready, linear, linear_dynamic
 from eagerq.native.embedding import embedding, embedding_bag
-from eagerq.native.layers import dequantize, layer_norm, look_up, quantize_dynamic
+from eagerq.native.layers import layer_norm, look_up, quantize_dynamic
 from eagerq.native.library import available, serves
 from eagerq.native.normalizing import Batch, Norm, batch_norm, batch_norm_backward, norms
-from eagerq.native.pointwise import add, max_pool, quantize, spatial_mean
-from eagerq.native.recording import recording
+from eagerq.native.pointwise import add, dequantize, max_pool, quantize, spatial_mean
+from eagerq.native.program import Step, runner, step
+from eagerq.native.recording import Bound, recording
 from eagerq.native.recurrent import recur
 from eagerq.native.training import (
     Passing,
@@ -27,7 +28,9 @@ __all__ = [
     "available",
     "serves",
     # integers
+    "Bound",
     "PackedConv",
+    "Step",
     "add",
     "conv",
     "conv_ready",
@@ -42,8 +45,10 @@ __all__ = [
     "quantize",
     "quantize_dynamic",
     "recording",
+    "runner",
     "recur",
     "spatial_mean",
+    "step",
     # training
     "Batch",
     "Norm",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from eagerq.native.library import LIBRARY, Conv, Layer
-from eagerq.native.recording import recorded
+from eagerq.native.recording import Bound, bound, recorded
 
 __all__ = ["PackedConv", "conv", "conv_ready", "dynamic_numbers", "linear", "linear_dynamic"]
 
@@ -76,6 +75,9 @@ class PackedConv:
         scale, zero_point: ``[1]`` or ``[out]``.
         bias: ``[out]`` or None.
         depthwise: whether each output sees the input of its number alone.
+
+    Attributes:
+        size: bytes of the packed weight.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, depthwise: bool) -> None:
@@ -87,6 +89,7 @@ class PackedConv:
         sums = _vectors(weight.sum((1, 2, 3), dtype=torch.int32))
         zeros = _vectors(zero_point.expand(outputs)) if bool(zero_point.any()) else None
         real = [_vectors(scale.expand(outputs)), _vectors(torch.zeros(outputs) if bias is None else bias)]
+        self.size = packed.numel()
         self._kept = [None if one is None else one.contiguous() for one in (packed, sums, zeros, *real)]
         self.layer = Layer(*(None if one is None else one.data_ptr() for one in self._kept))
         self.address = ctypes.addressof(self.layer)
@@ -103,30 +106,7 @@ def _numbers(*numbers: float) -> Conv:
     return Conv(*numbers)
 
 
-def _binding(
-    x: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    packed: PackedConv,
-    sizes: tuple[int, ...],
-    how: tuple[int, ...],
-    scale: float,
-    zero_point: int,
-    dtype: torch.dtype,
-    low: int,
-    high: int,
-) -> tuple[Any, ...]:
-    signed = x.dtype is torch.int8
-    numbers = _numbers(
-        *(*x.shape, *sizes[1:], *how),
-        *(x_zero_point + 128 if signed else x_zero_point, signed, dtype is torch.int8, False),
-        *(x_scale, 1.0 / ctypes.c_float(scale).value, zero_point, low, high),
-    )
-    call = LIBRARY.eagerq_depthwise if packed.depthwise else LIBRARY.eagerq_conv
-    return (x,), call, (packed.address, ctypes.byref(numbers))
-
-
-@recorded(_binding)
+@bound
 def conv(
     x: Tensor,
     x_scale: float,
@@ -139,42 +119,25 @@ def conv(
     dtype: torch.dtype,
     low: int,
     high: int,
-) -> Tensor:
+) -> Bound:
     """The convolution of :func:`eagerq.kernels.reference.conv`, of dense ``[N, C, H, W]`` with the channels last.
 
     Args:
         sizes: of the result, ``[N, out, H, W]``.
         how: taps, strides, padding and dilation, vertical and horizontal.
     """
-    _, call, rest = _binding(x, x_scale, x_zero_point, packed, sizes, how, scale, zero_point, dtype, low, high)
-    out = torch.empty(sizes, dtype=dtype, memory_format=torch.channels_last)
-    call(x.data_ptr(), out.data_ptr(), *rest)
-    return out
-
-
-def _linear_binding(
-    x: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    packed: PackedConv,
-    outputs: int,
-    scale: float,
-    zero_point: int,
-    dtype: torch.dtype,
-    low: int,
-    high: int,
-) -> tuple[Any, ...]:
-    inputs, real = x.shape[-1], dtype is torch.float32
-    make = Conv if real else _numbers  # the scale of real results is that of the moment
-    numbers = make(
-        *(x.numel() // inputs, inputs, 1, 1, outputs, 1, 1, *_POINT),
-        *(x_zero_point, False, dtype is torch.int8, real, x_scale),
-        *((0, 0, 0, 0) if real else (1.0 / ctypes.c_float(scale).value, zero_point, low, high)),
+    signed = x.dtype is torch.int8
+    numbers = _numbers(
+        *(*x.shape, *sizes[1:], *how),
+        *(x_zero_point + 128 if signed else x_zero_point, signed, dtype is torch.int8, False),
+        *(x_scale, 1.0 / ctypes.c_float(scale).value, zero_point, low, high),
     )
-    return (x,), LIBRARY.eagerq_linear, (packed.address, ctypes.byref(numbers))
+    call = LIBRARY.eagerq_depthwise if packed.depthwise else LIBRARY.eagerq_conv
+    result = partial(torch.empty, sizes, dtype=dtype, memory_format=torch.channels_last)
+    return Bound((x,), call, (packed.address, ctypes.byref(numbers)), result, packed.size)
 
 
-@recorded(_linear_binding)
+@bound
 def linear(
     x: Tensor,
     x_scale: float,
@@ -186,17 +149,22 @@ def linear(
     dtype: torch.dtype,
     low: int,
     high: int,
-) -> Tensor:
+) -> Bound:
     """The product of :func:`eagerq.kernels.reference.linear`, of uint8 ``[…, in]``, dense, with ``in`` a multiple of 4.
 
     Args:
         packed: of the weight as one of ``[out, in, 1, 1]``.
         outputs: how many there are.
     """
-    _, call, rest = _linear_binding(x, x_scale, x_zero_point, packed, outputs, scale, zero_point, dtype, low, high)
-    out = torch.empty((*x.shape[:-1], outputs), dtype=dtype)
-    call(x.data_ptr(), out.data_ptr(), *rest)
-    return out
+    inputs, real = x.shape[-1], dtype is torch.float32
+    make = Conv if real else _numbers  # the scale of real results is that of the moment
+    numbers = make(
+        *(x.numel() // inputs, inputs, 1, 1, outputs, 1, 1, *_POINT),
+        *(x_zero_point, False, dtype is torch.int8, real, x_scale),
+        *((0, 0, 0, 0) if real else (1.0 / ctypes.c_float(scale).value, zero_point, low, high)),
+    )
+    result = partial(torch.empty, (*x.shape[:-1], outputs), dtype=dtype)
+    return Bound((x,), LIBRARY.eagerq_linear, (packed.address, ctypes.byref(numbers)), result)
 
 
 @lru_cache(maxsize=1024)
@@ -205,7 +173,7 @@ def dynamic_numbers(rows: int, inputs: int, outputs: int) -> Conv:
     return Conv(rows, inputs, 1, 1, outputs, 1, 1, *_POINT, 0, False, False, True)
 
 
-@recorded()
+@recorded
 def linear_dynamic(x: Tensor, packed: PackedConv, outputs: int, quant_max: int) -> tuple[Tensor, bool]:
     """:func:`linear` of float32 ``[…, in]`` by its own range, and whether that is finite: else there is no result."""
     inputs = x.shape[-1]

@@ -32,7 +32,7 @@ enum { SAFE, FAR, REAL }; /* what becomes of sums: bytes, all within int32 or pe
 /* The results of as many windows as fill 64 bytes: NV vectors of outputs of each. */
 INLINE void put_windows(const int NV, u8 *const *to, __m512i bytes, i64 left) {
     if (NV > 2 || left < NV * 16) {
-        UNROLL for (int k = 0; k < (NV > 2 ? 1 : 4 / NV); k++) {
+        for (int k = 0; k < (NV > 2 ? 1 : 4 / NV); k++) {
             put(to[k], bytes, left);
             if (NV == 1) bytes = _mm512_alignr_epi64(bytes, bytes, 2);
             if (NV == 2) bytes = _mm512_alignr_epi64(bytes, bytes, 4);
@@ -101,7 +101,7 @@ INLINE void tile(const int MR, const int NV, const int KIND, const u8 **from, u8
             steps[j] = j >= NV && NV == 3 ? _mm512_setzero_si512()
                      : requantized(KIND == FAR, acc[r + j / NV][j % NV], scale[j % NV], bias[j % NV], &shared);
         u8 *at[4];
-        UNROLL for (int k = 0; k < (NV > 2 ? 1 : 4 / NV); k++) at[k] = to[r + k] + first;
+        for (int k = 0; k < (NV > 2 ? 1 : 4 / NV); k++) at[k] = to[r + k] + first;
         put_windows(NV, at, packed(steps, &shared), left);
     }
 }

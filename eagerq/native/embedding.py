@@ -54,7 +54,7 @@ def _indices(x: Tensor) -> _Indices:
     return _Indices(x.data_ptr(), x.numel(), x.dtype is torch.int64)
 
 
-@recorded()
+@recorded
 def embedding(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, columns: int | None) -> Any:
     """As :func:`eagerq.kernels.embedding`; ``NotImplemented`` for what C cannot read, and rows out of range."""
     table = _table(weight, scale, zero_point, columns) if _numbers(indices) else None
@@ -65,7 +65,7 @@ def embedding(indices: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor
     return NotImplemented if refused else out
 
 
-@recorded()
+@recorded
 def embedding_bag(
     indices: Tensor,
     weight: Tensor,

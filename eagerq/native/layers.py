@@ -12,7 +12,7 @@ from torch import Tensor
 from eagerq.native.library import LIBRARY, serves
 from eagerq.native.recording import recorded
 
-__all__ = ["dequantize", "layer_norm", "look_up", "quantize_dynamic"]
+__all__ = ["layer_norm", "look_up", "quantize_dynamic"]
 
 _BYTES = (torch.uint8, torch.int8)
 
@@ -27,17 +27,7 @@ class _Norm(ctypes.Structure):
     ]
 
 
-@recorded()
-def dequantize(q: Tensor, scale: float, zero_point: int) -> Any:
-    """As :func:`eagerq.kernels.dequantize`."""
-    if q.dtype not in _BYTES or not serves(q):
-        return NotImplemented
-    out = torch.empty_like(q, dtype=torch.float32)
-    LIBRARY.eagerq_dequantize(q.data_ptr(), out.data_ptr(), q.numel(), zero_point, scale, q.dtype is torch.int8)
-    return out
-
-
-@recorded()
+@recorded
 def look_up(x: Tensor, table: Tensor) -> Any:
     """``table[x]`` byte for byte, both without a sign; it lies in memory as ``x`` does."""
     if x.dtype not in _BYTES or not serves(x):
@@ -47,7 +37,7 @@ def look_up(x: Tensor, table: Tensor) -> Any:
     return out
 
 
-@recorded()
+@recorded
 def quantize_dynamic(x: Tensor, quant_max: int) -> tuple[Tensor, float, int] | None:
     """``x`` (float32) as integers from 0 to ``quant_max`` by its own range, with scale and zero point.
 
@@ -67,7 +57,7 @@ def _readable(x: Tensor | None) -> bool:
     return x is None or (x.dtype is torch.float32 and x.is_contiguous() and serves(x))
 
 
-@recorded()
+@recorded
 def layer_norm(
     x: Tensor,
     x_scale: float,

@@ -80,6 +80,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "recur_middle": [_POINTER],
     "round_over": [_POINTER] * 2 + [_FLAG] + [_COUNT] * 2 + [_POINTER, ctypes.POINTER(Quantizer)],
     "sum": [_POINTER] * 4 + [_FLAG, _COUNT, _POINTER],
+    "run": [_POINTER] + [_COUNT] * 2,
     "rectify": [_POINTER] * 2 + [_COUNT],
     "unpack": [_POINTER] * 2 + [_COUNT],
     "quantize": [_POINTER] * 2 + [_COUNT] + [_REAL] * 4,

@@ -18,7 +18,7 @@ static inline u8 stored(float steps, float low, float high) {
     return (u8)(int)steps;
 }
 
-typedef struct {
+typedef struct Pair {
     int a_signed, b_signed;
     float a_scale, a_shift, b_scale, b_shift, factor, zero, low, high;
 } Pair;

@@ -6,11 +6,14 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-__all__ = ["is_recording", "recorded", "recording"]
+from torch import Tensor
+
+__all__ = ["Bound", "bound", "is_recording", "recorded", "recording"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Arguments = ParamSpec("_Arguments")
 
 # the thread that records and what it shows calls to; empty nearly always, which is all that a call looks at
 _tapes: dict[int, Callable[[Callable[..., Any], tuple[Any, ...]], Any]] = {}
@@ -32,23 +35,50 @@ def is_recording() -> bool:
     return bool(_tapes) and threading.get_ident() in _tapes
 
 
-def recorded(binding: Callable[..., Any] | None = None) -> Callable[[_Function], _Function]:
-    """Mark a function that works in C on tensors.
+def recorded(function: _Function) -> _Function:
+    """Mark a function that works in C on tensors: whoever records calls it again."""
 
-    Args:
-        binding: given the same arguments, tells the tensors that are read, the C function, and what it takes
-            after their addresses and the result's; left out, repeating a call means calling the function.
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if _tapes and (tape := _tapes.get(threading.get_ident())) is not None:
+            return tape(call, args)
+        return function(*args)
+
+    call.unrecorded = function  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
+
+
+class Bound(NamedTuple):
+    """A call of the C library with its arguments: the tensors that are read, the result, then the rest.
+
+    Attributes:
+        result: makes the tensor that the result is written to.
+        weight: bytes of parameters that it reads.
     """
 
-    def mark(function: _Function) -> _Function:
-        @functools.wraps(function)
-        def call(*args: Any) -> Any:
-            if _tapes and (tape := _tapes.get(threading.get_ident())) is not None:
-                return tape(call, args)
-            return function(*args)
+    read: tuple[Tensor, ...]
+    function: Any
+    rest: tuple[Any, ...]
+    result: Callable[[], Tensor]
+    weight: int = 0
 
-        call.binding = binding  # type: ignore[attr-defined]
-        call.unrecorded = function  # type: ignore[attr-defined]
-        return call  # type: ignore[return-value]
 
-    return mark
+def bound(binding: Callable[_Arguments, Bound]) -> Callable[_Arguments, Tensor]:
+    """A function that makes the call told by ``binding``; whoever records repeats that call alone.
+
+    Where C does not serve, both give ``NotImplemented``.
+    """
+
+    @functools.wraps(binding)
+    def call(*args: Any) -> Any:
+        told = binding(*args)  # type: ignore[call-arg]
+        if told is NotImplemented:
+            return told
+        read, function, rest, result, _ = told
+        out = result()
+        function(*[x.data_ptr() for x in read], out.data_ptr(), *rest)
+        return out
+
+    marked = recorded(call)
+    marked.binding = binding  # type: ignore[attr-defined]
+    return marked  # type: ignore[return-value]

@@ -89,7 +89,7 @@ INLINE void put(u8 *to, __m512i bytes, i64 left) {
 }
 
 /* Whether no result can lie beyond int32, whatever the bytes. */
-VNNI static int is_bounded(i64 products, i64 outputs, const Layer *layer, const Conv *c) {
+VNNI static inline int is_bounded(i64 products, i64 outputs, const Layer *layer, const Conv *c) {
     const __m512i sign = _mm512_set1_epi32(INT32_MAX);
     __m512i most_scale = _mm512_setzero_si512(), most_bias = most_scale;
     for (i64 at = 0; at < outputs; at += 16) { /* as integers, so that what is not a number is the greatest */

@@ -1,0 +1,110 @@
+"""Plans that go image by image give what the model gives, whatever the batch, the threads and what lies between."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import eagerq
+from eagerq import native
+from eagerq.nn.quantized import FloatFunctional
+
+programs = importlib.import_module("eagerq.freeze.program")
+
+pytestmark = pytest.mark.skipif(not native.conv_ready(), reason="no compiler at installation, or no AVX-512 VNNI")
+
+
+class Net(nn.Module):
+    """Wide and narrow layers in turn, shortcuts within a group of steps and from one to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = eagerq.QuantStub(), eagerq.DeQuantStub()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.widen = nn.ModuleList(nn.Conv2d(16, 96, 1) for _ in range(3))
+        self.filter = nn.ModuleList(nn.Conv2d(96, 96, 3, padding=1, groups=96) for _ in range(3))
+        self.narrow = nn.ModuleList(nn.Conv2d(96, 16, 1) for _ in range(3))
+        self.join = nn.ModuleList(FloatFunctional() for _ in range(4))
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = x = self.stem(self.quant(x))
+        for widen, filtered, narrow, join in zip(self.widen, self.filter, self.narrow, self.join, strict=False):
+            x = join.add(x, narrow(filtered(widen(x))))
+            if join is self.join[0]:
+                x = x.flip(0)  # by torch: here a group ends
+        x = self.join[3].add(first, x)
+        pooled = torch.flatten(F.adaptive_avg_pool2d(F.max_pool2d(x, 2), 1), 1)
+        return self.dequant(self.fc(pooled)), self.dequant(x)
+
+
+def images(batch: int, seed: int = 0) -> Tensor:
+    x = torch.randn(batch, 3, 80, 80, generator=torch.Generator().manual_seed(seed))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    net = Net().eval()
+    net.qconfig = eagerq.get_default_qconfig("onednn")
+    prepared = eagerq.prepare(net)
+    with torch.no_grad():
+        prepared(images(4))
+    return eagerq.convert(prepared).requires_grad_(False)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each plan's groups, the number of images."""
+    seen: list[int] = []
+    find = programs.groups
+
+    def groups(*args: object) -> list[programs.Group | None]:
+        found = find(*args)
+        seen.extend(group.images for group in dict.fromkeys(found) if group)
+        return found
+
+    monkeypatch.setattr(importlib.import_module("eagerq.freeze.plan"), "groups", groups)
+    return seen
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("planned_with", [1, 2])
+@pytest.mark.parametrize("batch", [2, 3, 5])
+def test_image_by_image(model: nn.Module, sizes: list[int], batch: int, planned_with: int) -> None:
+    torch.set_num_threads(planned_with)
+    frozen = eagerq.freeze(model, (images(batch),))
+    assert sizes == [batch] * 3  # what follows the flip is parted by what goes at once: a view, a Linear
+    for count in (1, 2, 3):  # one image after the other is what shows memory taken again too early
+        torch.set_num_threads(count)
+        for seed in (1, 2):
+            for one, wanted in zip(frozen(images(batch, seed)), model(images(batch, seed)), strict=True):
+                assert torch.equal(one, wanted)
+
+
+def test_one_image_goes_whole(model: nn.Module, sizes: list[int]) -> None:
+    frozen = eagerq.freeze(model, (images(1),))
+    assert not sizes
+    assert all(map(torch.equal, frozen(images(1, 1)), model(images(1, 1))))
+
+
+def test_results_are_new_each_time(model: nn.Module) -> None:
+    frozen = eagerq.freeze(model, (images(2),))
+    before = frozen(images(2, 1))
+    kept = [x.clone() for x in before]
+    after = frozen(images(2, 2))
+    assert all(map(torch.equal, before, kept))
+    assert not any(x.data_ptr() == y.data_ptr() for x, y in zip(before, after, strict=True))
