@@ -254,6 +254,18 @@ def test_a_channel_scaled_by_next_to_nothing(left: float) -> None:
     assert left or weight.grad.tolist() == [0]
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_at_zero_a_relu_lets_nothing_pass(layout: torch.memory_format) -> None:
+    y, bias = torch.randn(2, 3, 4, 5).contiguous(memory_format=layout), torch.zeros(3, requires_grad=True)
+    out = batch_norm_of_scaled(
+        y, torch.ones(3), torch.zeros(3), bias, Norm(torch.zeros(3), torch.ones(3), 1e-3, 0.1), relu=True
+    )
+    assert out is not None
+    out.sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.tolist() == [0, 0, 0]
+
+
 def test_the_order_in_memory_and_the_threads_do_not_matter() -> None:
     """Statistics are rounded once, from sums in double."""
     torch.manual_seed(0)
