@@ -98,9 +98,10 @@ def test_as_rounding_a_copy(name: str, shape: tuple[int, ...], observing: bool, 
 
 @pytest.mark.parametrize("name", MAKES)
 def test_large_results(name: str) -> None:
-    """Of several blocks in a row."""
+    """Of several blocks in a row, or several spans of rows."""
     torch.manual_seed(0)
-    inputs = torch.randn(2, 2, 100, 101), torch.randn(2, 2, 100, 101)
+    inputs = torch.randn(2, 4, 150, 151), torch.randn(2, 4, 150, 151)
+    inputs[0][0, :, 0, 0], inputs[0][0, :, 0, 1] = 90, -80  # the ends come early
     mine = passed(MAKES[name], round_over, parameters(True), *inputs)
     assert all(map(torch.equal, mine, passed(MAKES[name], round_in_c, parameters(True), *inputs)))
 
@@ -295,10 +296,8 @@ def test_what_a_subclass_kept_stays() -> None:
 
 
 def test_a_float_model_adds_as_torch_does() -> None:
-    """With all that torch's own operators can be differentiated by."""
+    """By an operator that can be differentiated in all of torch's ways."""
     plus = eagerq.nn.quantized.FloatFunctional()
-    _, tangent = torch.func.jvp(plus.add_relu, (torch.ones(3), torch.ones(3)), (torch.ones(3), torch.ones(3)))
-    assert tangent.tolist() == [2, 2, 2]
     assert type(plus.add(torch.ones(3, requires_grad=True), torch.ones(3)).grad_fn).__name__ == "AddBackward0"
 
 
