@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -43,6 +44,50 @@ def test_nothing_of_the_recording_is_kept() -> None:
     frozen = eagerq.freeze(model, (x,))
     assert held() - before < 3 * activation
     assert torch.equal(frozen(x), model(x))
+
+
+@in_c
+def test_plans_share_memory() -> None:
+    """They run one at a time, so each but the largest finds all that it needs; results are nobody else's."""
+    x = torch.randn(4, 3, 48, 48)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 3))
+    model = converted(net, *x.shape)
+    frozen = eagerq.freeze(model, (x,))
+    results = {4: frozen(x)}
+    before = held()
+    for batch in (3, 1):
+        frozen.add((x[:batch],))
+        results[batch] = frozen(x[:batch])
+    again = frozen(x)
+    assert held() - before < 4 * results[4].numel() * 3 + 1024
+    for batch, result in results.items():
+        assert torch.equal(result, model(x[:batch]))
+    assert torch.equal(again, model(x))
+
+
+@in_c
+def test_planning_while_others_call() -> None:
+    """Whoever plans has the plans' memory to itself."""
+    x = torch.randn(8, 3, 48, 48)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 3))
+    model = converted(net, *x.shape)
+    frozen, wanted = eagerq.freeze(model, (x,)), model(x)
+    wrong: list[int] = []
+    done = threading.Event()
+
+    def call() -> None:
+        while not done.is_set():
+            if not torch.equal(frozen(x), wanted):
+                wrong.append(1)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    for batch in (7, 6, 5, 4, 3, 2, 1) * 3:
+        frozen.add((x[:batch],))
+    done.set()
+    thread.join()
+    assert not wrong
+    assert torch.equal(frozen(x[:5]), model(x[:5]))
 
 
 def test_the_compiler_is_not_loaded() -> None:

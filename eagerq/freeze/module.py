@@ -69,11 +69,12 @@ class Frozen(nn.Module):
 
     def _start(self) -> None:
         self._plans: dict[Any, tuple[_Guard, Plan] | None] = {}
+        self._pieces: list[Tensor] = []  # memory of all plans
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        del state["_plans"], state["_lock"]
+        del state["_plans"], state["_pieces"], state["_lock"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -104,7 +105,7 @@ class Frozen(nn.Module):
         if not guard.holds():
             return None
         try:
-            plan = _planned(self.model, args)
+            plan = _planned(self.model, args, self._pieces)
         except Unplannable:
             self._plans[key] = None
             return None
@@ -126,7 +127,8 @@ class Frozen(nn.Module):
                 remedy="pass a tuple of what the model is called with, by position",
             )
         try:
-            self._plans[key] = _Guard(self.model), _planned(self.model, example_inputs)
+            with self._lock:
+                self._plans[key] = _Guard(self.model), _planned(self.model, example_inputs, self._pieces)
         except Unplannable as error:
             raise UnsupportedError(
                 f"its forward cannot be planned: {error}",
@@ -184,7 +186,7 @@ def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
     return [x.integers if isinstance(x, QTensor) else x for x in args if isinstance(x, Tensor)]
 
 
-def _planned(model: nn.Module, args: tuple[Any, ...]) -> Plan:
+def _planned(model: nn.Module, args: tuple[Any, ...], pieces: list[Tensor]) -> Plan:
     inputs = _tensors(args)
     if len(set(map(id, inputs))) < len(inputs):
         raise Unplannable("it is given the same tensor twice")
@@ -193,7 +195,7 @@ def _planned(model: nn.Module, args: tuple[Any, ...]) -> Plan:
         tape = Tape()
         with native.recording(tape.native), tape:
             outputs = model(*args)
-        plan = Plan(tape.steps, inputs, outputs)
+        plan = Plan(tape.steps, inputs, outputs, pieces)
         for others in (args, tuple(map(_changed, args))):  # what the tape did not see comes out here
             if not _equal(plan.run(_tensors(others)), model(*others)):
                 raise Unplannable("repeated step by step, it gives something else; it may do more than torch can see")

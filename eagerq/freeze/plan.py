@@ -91,9 +91,14 @@ class Tape(TorchDispatchMode):
 
 
 class Plan:
-    """The steps of a forward, bound to buffers of their own wherever C does the work."""
+    """The steps of a forward, bound to buffers wherever C does the work.
 
-    def __init__(self, steps: list[_Step], inputs: list[Tensor], outputs: Any) -> None:
+    Args:
+        steps, inputs, outputs: as recorded.
+        pieces: memory for buffers, shared with plans that never run at the same time; missing pieces are added.
+    """
+
+    def __init__(self, steps: list[_Step], inputs: list[Tensor], outputs: Any, pieces: list[Tensor]) -> None:
         leaves, self._form = pytree.tree_flatten(outputs)
         made = [*inputs, *(x for step in steps for x in step.results if isinstance(x, Tensor))]
         slots: dict[int, int] = {}
@@ -105,6 +110,7 @@ class Plan:
         self._all_slots = slots
         self._values: list[Any] = [None] * len(slots)
         self._buffers: dict[int, Tensor] = {}  # of slots that always lie in the same place
+        self._pieces = pieces
         self._alive: list[Any] = []  # what C reads by its address, and nothing that the forward made
         self._calls = list(self._bind(steps, leaves))
         self._fresh = list(self._values)
@@ -129,7 +135,7 @@ class Plan:
         calls = [step.bound() for step in steps]
         together = groups(calls, [step.results[0] if step.results else None for step in steps])
         uses, threads = _uses(steps, outputs), torch.get_num_threads()
-        memory = Memory({place: numbers[-1] for place, numbers in uses.items()}, threads)
+        memory = Memory({place: numbers[-1] for place, numbers in uses.items()}, threads, self._pieces)
         program = Program(self._values, threads)
         for number, (step, call, group) in enumerate(zip(steps, calls, together, strict=True)):
             memory.enter(group)

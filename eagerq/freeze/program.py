@@ -67,14 +67,16 @@ class Memory:
     Args:
         last: for each piece of memory of the recording, the last step that touches it.
         threads: how many there are.
+        pieces: what there is already, to which new ones are added.
     """
 
-    def __init__(self, last: dict[int, int], threads: int) -> None:
+    def __init__(self, last: dict[int, int], threads: int, pieces: list[Tensor]) -> None:
         self._last = last
         self._threads = threads
+        self._pieces = pieces
         self._group: Group | None = None
         self._held: dict[int, tuple[Tensor, bool]] = {}  # pieces, and whether threads have them for their own
-        self._free: list[Tensor] = []
+        self._free = list(pieces)
         self._own: list[Tensor] = []  # of the group
         self._later: list[Tensor] = []  # free after the group
 
@@ -101,6 +103,7 @@ class Memory:
             piece = _least(self._free, size)
         if piece is None:  # of whole elements, whatever they are, for each thread
             piece = torch.empty(size + -size % _LINE, dtype=torch.uint8)
+            self._pieces.append(piece)
         self._held[storage(result)] = piece, own
         return piece
 
