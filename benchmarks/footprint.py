@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,9 +52,9 @@ def _tidy() -> None:
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc has it; int(0) does nothing elsewhere
 
 
-def _step(backend: Backend, net: str) -> int:
+def _step(backend: Backend, net: str, compiled: bool = False) -> int:
     """What a training step needs at its peak, beyond the model and the libraries warmed up."""
-    step = training_step(backend, net)
+    step = training_step(backend, net, compiled=compiled)
     step()
     _tidy()
     before = _status("VmRSS")
@@ -86,7 +87,12 @@ def _served(backend: Backend, net: str) -> int:
     return _status("RssAnon") - before
 
 
-TASKS: dict[str, Callable[[Backend, str], int]] = {"step": _step, "resident": _resident, "served": _served}
+TASKS: dict[str, Callable[[Backend, str], int]] = {
+    "step": _step,
+    "compiled-step": partial(_step, compiled=True),
+    "resident": _resident,
+    "served": _served,
+}
 
 if __name__ == "__main__":
     task, net, contender, engine = sys.argv[1:]

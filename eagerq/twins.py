@@ -14,6 +14,7 @@ from eagerq.fake_quantize import (
     FakeQuantizeBase,
     default_fixed_qparams_range_0to1_fake_quant,
     default_fixed_qparams_range_neg1to1_fake_quant,
+    is_ordinary,
     rounded_over,
 )
 from eagerq.inspection import is_memoryless
@@ -58,6 +59,13 @@ class ObserverHook:
         eager = not torch.compiler.is_compiling()
         if eager and gives_its_own(module) and next(iter(module._forward_hooks.values())) is self:
             return rounded_over(observer, output)
+        made = None if eager else getattr(module, "_made", None)
+        if made is not None:
+            module._made = None
+            if gives_its_own(module) and is_ordinary(observer) and len(module._forward_hooks) == 1:
+                rounded = observer.over_made(made)
+                if rounded is not None:
+                    return rounded
         observed: Tensor = observer(output)
         return observed
 

@@ -13,6 +13,7 @@ from ..report import Goal
 from ..timing import Samples, seconds
 from ..workloads import training_step
 from .base import Benchmark, Setup
+from .training import footprints
 
 SECTION = "QAT training step, compiled by Inductor (batch 8, 3×128×128, SGD)"
 _ROUNDS = 10
@@ -30,3 +31,7 @@ def benchmarks() -> Iterator[Benchmark]:
         for net in NETS:
             goal = Goal("eagerq / float", limit)
             yield Benchmark(SECTION, f"{name} {net}", "ms", goal, partial(_time, net, frozen), extra=True)
+    for net in NETS:
+        goal = Goal("eagerq / float", 1.25)
+        measure = partial(footprints, "compiled-step", net)
+        yield Benchmark(SECTION, f"compiled peak memory of step {net}", "MB", goal, measure, extra=True)

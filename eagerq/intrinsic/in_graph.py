@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eagerq.functional import Norm
-from eagerq.kernels.training_norm import batch_norm_in_graph
+from eagerq.kernels.training_norm import Normalized, batch_norm_in_graph
 
 __all__ = ["layer_in_graph"]
 
@@ -28,16 +28,16 @@ def layer_in_graph(layer: Any, x: Tensor, folded: Tensor) -> Tensor | None:
     out = layer._convolved(x, factor, None, relu=False)
     if out is None:
         return None
-    normed = _normed(layer, out, factor)
-    return layer._by_the_book(out, factor) if normed is None else normed
+    made = layer._made = _normed(layer, out, factor)
+    return layer._by_the_book(out, factor) if made is None else made.attached(layer.post_op == "relu")
 
 
-def _normed(layer: Any, y: Tensor, factor: Tensor) -> Tensor | None:
+def _normed(layer: Any, y: Tensor, factor: Tensor) -> Normalized | None:
     bn = layer.bn
     if layer.bias is not None or bn.momentum is None or not bn.training or not layer._bn_is_plain(factor):
         return None
     norm = Norm(bn.running_mean, bn.running_var, bn.eps, bn.momentum)
-    out = batch_norm_in_graph(y, factor, bn.weight, bn.bias, norm, layer.post_op == "relu")
-    if out is not None:
+    made = batch_norm_in_graph(y, factor, bn.weight, bn.bias, norm, layer.post_op == "relu")
+    if made is not None:
         bn.num_batches_tracked.add_(1)
-    return out
+    return made

@@ -42,6 +42,10 @@ def _as_read(ir: Any, x: Any) -> Any:
     return x
 
 
+_IMAGE_WORK: set[Any] = set()
+_ORDERED = (torch.ops.aten.bmm.default,)
+
+
 def _mark(graph: Any) -> None:
     """What leads to images and comes of them is saved in their layout, too: Inductor's rule for convolutions."""
     nodes, chosen = list(graph.module.graph.nodes), graph.nodes_prefer_channels_last
@@ -56,10 +60,6 @@ def _mark(graph: Any) -> None:
             chosen.update(user for user in node.users if user.target not in _ORDERED)
 
 
-_IMAGE_WORK: set[Any] = set()
-_ORDERED = (torch.ops.aten.bmm.default,)
-
-
 @functools.cache
 def _tell(name: str, images: bool) -> None:
     lowering, ir = sys.modules["torch._inductor.lowering"], sys.modules["torch._inductor.ir"]
@@ -69,8 +69,10 @@ def _tell(name: str, images: bool) -> None:
         _IMAGE_WORK.add(operator)
 
     def lowered(x: Any, *rest: Any) -> Any:
-        _mark(lowering.V.graph)
-        return compute(store(ir, x), *rest)
+        if lowering.config.layout_optimization:
+            _mark(lowering.V.graph)
+            x = store(ir, x)
+        return compute(x, *rest)
 
     lowering.register_lowering(operator, type_promotion_kind=None)(lowered)
 

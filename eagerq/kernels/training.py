@@ -28,7 +28,7 @@ def _average(running: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor], skippe
         old.copy_(torch.where(finite, moving_average(old, new, constant), old))
 
 
-def _averaged_qparams(
+def observe(
     x: Tensor,
     low: Tensor,
     high: Tensor,
@@ -69,8 +69,8 @@ _SEEN = (
     "(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) scale, Tensor(d!) zero_point, Tensor(e!) skipped, "
     "float constant, int quant_min, int quant_max, bool symmetric, int? axis) -> (Tensor, Tensor)"
 )
-_of_all = Kernel("averaged_qparams" + _SEEN, _averaged_qparams, _copies, any_layout=True)
-_of_channels = Kernel("averaged_qparams_of_channels" + _SEEN, _averaged_qparams, _copies)
+_of_all = Kernel("averaged_qparams" + _SEEN, observe, _copies, any_layout=True)
+_of_channels = Kernel("averaged_qparams_of_channels" + _SEEN, observe, _copies)
 
 
 def qparams_in_graph(x: Tensor, to: Rounding, skipped: Tensor, axis: int | None) -> tuple[Tensor, Tensor] | None:
@@ -139,7 +139,7 @@ def _observed(
     if result is None:  # a range that is not finite
         scaled = x if factor is None else x * factor.reshape(channel_shape(x.dim(), 0))
         numbers = constant, quant_min, quant_max, symmetric
-        _averaged_qparams(scaled, low, high, scale, zero_point, skipped, *numbers, 0 if to.rows else None)
+        observe(scaled, low, high, scale, zero_point, skipped, *numbers, 0 if to.rows else None)
         return _with_flags(x, to, factor)
     return result
 

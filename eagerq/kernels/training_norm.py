@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +11,10 @@ from torch import Tensor
 from eagerq import native
 from eagerq.kernels.dispatch import Kernel
 from eagerq.kernels.storing import ready, stored, storing
-from eagerq.native import Norm
+from eagerq.kernels.training import observe
+from eagerq.native import Norm, Rounding, Running
 
-__all__ = ["batch_norm_in_graph"]
+__all__ = ["Normalized", "batch_norm_in_graph", "round_over_in_graph"]
 
 
 def _normalized(
@@ -27,15 +29,21 @@ def _normalized(
     relu: bool,
 ) -> Any:
     norm = Norm(running_mean, running_var, eps, pace)
-    out, batch, passing = native.batch_norm(ready(y), factor, weight, bias, norm, relu, mask=True)
-    above = y.new_empty(0, dtype=torch.uint8) if passing.bits is None else passing.bits
-    return stored(out, y), *batch, above
+    work = ready(y)
+    out, batch, passing = native.batch_norm(work, factor, weight, bias, norm, relu, mask=True)
+    bits = native.room_for_bits(y.numel(), _rows(work)).zero_() if passing.bits is None else passing.bits
+    return stored(out, y), *batch, bits, torch.frombuffer(passing.ends, dtype=torch.float32)
+
+
+def _rows(x: Tensor) -> int:
+    """How many rows of bits there are."""
+    return x.shape[0] * x.shape[1] if x.is_contiguous() else 1
 
 
 def _like_normalized(y: Tensor, factor: Tensor, *rest: Any) -> Any:
-    rows = y.shape[0] * y.shape[1] if ready(y).is_contiguous() else 1
-    above = y.new_empty(rows * ((y.numel() // rows + 7) // 8) if rest[-1] else 0, dtype=torch.uint8)
-    return torch.empty_like(y), torch.empty_like(factor), torch.empty_like(factor), above
+    rows = _rows(ready(y))
+    bits = y.new_empty(rows * ((y.numel() // rows + 7) // 8), dtype=torch.uint8)
+    return torch.empty_like(y), torch.empty_like(factor), torch.empty_like(factor), bits, y.new_empty(2)
 
 
 def _normalized_backward(
@@ -45,12 +53,12 @@ def _normalized_backward(
     weight: Tensor,
     mean: Tensor,
     inverse: Tensor,
-    above: Tensor,
+    bits: Tensor,
+    masked: bool,
     eps: float,
 ) -> Any:
-    bits = above if above.numel() else None
-    batch = native.Batch(mean, inverse)
-    of_y, *others = native.batch_norm_backward(ready(grad), ready(y), factor, weight, batch, bits, eps)
+    batch, mask = native.Batch(mean, inverse), bits if masked else None
+    of_y, *others = native.batch_norm_backward(ready(grad), ready(y), factor, weight, batch, mask, eps)
     return stored(of_y, y), *others
 
 
@@ -60,16 +68,63 @@ def _like_normalized_backward(grad: Tensor, y: Tensor, factor: Tensor, *rest: An
 
 _NORMALIZED = Kernel(
     "batch_norm_of_scaled(Tensor y, Tensor factor, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
-    "Tensor(b!) running_var, float eps, float pace, bool relu) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor(b!) running_var, float eps, float pace, bool relu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _normalized,
     storing("batch_norm_of_scaled", _like_normalized, images=True),
     any_layout=True,
 )
 _NORMALIZED_BACKWARD = Kernel(
     "batch_norm_of_scaled_backward(Tensor grad, Tensor y, Tensor factor, Tensor weight, Tensor mean, Tensor inverse, "
-    "Tensor above, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor bits, bool masked, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _normalized_backward,
     storing("batch_norm_of_scaled_backward", _like_normalized_backward, images=True),
+    any_layout=True,
+)
+
+
+def _round_over(
+    x: Tensor,
+    bits: Tensor,
+    ends: Tensor,
+    merge: bool,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *observing: Any,
+) -> None:
+    """Round what a batch norm gave in its memory; its bits, if they are to be merged, lose what is out of range."""
+    to = Rounding(scale, zero_point, quant_min, quant_max)
+    work = ready(x)
+    passing = native.Passing(bits, _rows(work), (ctypes.c_float * 2).from_address(ends.data_ptr()))
+    if observing:
+        low, high, skipped, constant, symmetric = observing
+        observed = to._replace(running=Running(low, high, constant, symmetric))
+        done = native.round_over(work, observed, passing, merge)
+        if not done:  # a range that is not finite
+            observe(x, low, high, scale, zero_point, skipped, constant, quant_min, quant_max, symmetric, None)
+    if not observing or not done:
+        native.round_over(work, to, passing, merge)
+    if work is not x:
+        x.copy_(work)
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+_OVER = "(Tensor(a!) x, Tensor(b!) bits, Tensor ends, bool merge, "
+_ROUND_OVER = Kernel(
+    f"round_over{_OVER}Tensor scale, Tensor zero_point, int quant_min, int quant_max) -> ()",
+    _round_over,  # type: ignore[arg-type]
+    _nothing,  # type: ignore[arg-type]
+    any_layout=True,
+)
+_OBSERVE_OVER = Kernel(
+    f"observe_over{_OVER}Tensor(c!) scale, Tensor(d!) zero_point, int quant_min, int quant_max, Tensor(e!) low, "
+    "Tensor(f!) high, Tensor(g!) skipped, float constant, bool symmetric) -> ()",
+    _round_over,  # type: ignore[arg-type]
+    _nothing,  # type: ignore[arg-type]
     any_layout=True,
 )
 
@@ -85,21 +140,37 @@ class _Normalized(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         computed: tuple[Tensor, ...],
+        masked: bool,
         eps: float,
     ) -> Tensor:
         out, *batch = computed
-        ctx.eps = eps
+        ctx.numbers = masked, eps
         ctx.save_for_backward(y, factor, weight, *batch)
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return *_NORMALIZED_BACKWARD(grads[0], *ctx.saved_tensors, ctx.eps), None, None
+        return *_NORMALIZED_BACKWARD(grads[0], *ctx.saved_tensors, *ctx.numbers), None, None, None
+
+
+class Normalized(NamedTuple):
+    """What a batch norm in a graph was made of and gave, for who rounds it before anybody else looks at it."""
+
+    inputs: tuple[Tensor, ...]
+    computed: tuple[Tensor, ...]
+    ends: Tensor
+    relu: bool
+    eps: float
+
+    def attached(self, masked: bool) -> Tensor:
+        """The result with its gradient, which passes where the bits are set, if they are to mask it."""
+        out: Tensor = _Normalized.apply(*self.inputs, self.computed, masked, self.eps)
+        return out
 
 
 def batch_norm_in_graph(
     y: Tensor, factor: Tensor, weight: Tensor, bias: Tensor, norm: Norm, relu: bool
-) -> Tensor | None:
+) -> Normalized | None:
     """As :func:`eagerq.functional.batch_norm_of_scaled`, in code that is being compiled."""
     vectors = factor, weight, bias, norm.running_mean, norm.running_var
     if not (native.available and y.dim() > 2 and y.dtype is torch.float32 and y.device.type == "cpu"):
@@ -109,6 +180,23 @@ def batch_norm_in_graph(
     if not all(one.dtype is torch.float32 and one.numel() == y.shape[1] for one in vectors):
         return None
     with torch.no_grad():
-        computed = _NORMALIZED(y, *vectors, norm.eps, norm.pace, relu)
-    out: Tensor = _Normalized.apply(y, factor, weight, bias, computed, norm.eps)
-    return out
+        *computed, ends = _NORMALIZED(y, *vectors, norm.eps, norm.pace, relu)
+    return Normalized((y, factor, weight, bias), tuple(computed), ends, relu, norm.eps)
+
+
+def round_over_in_graph(made: Normalized, to: Rounding, skipped: Tensor | None) -> Tensor | None:
+    """Round a batch norm's result to one scale in its memory; None, with nothing changed, where that cannot be."""
+    numbers = [to.scale] if to.running is None else [to.scale, to.running.low, to.running.high]
+    if to.rows or to.zero_point.dtype is not torch.int32:
+        return None
+    if any(one.numel() != 1 or one.dtype is not torch.float32 for one in numbers):
+        return None
+    out, *_, bits = made.computed
+    with torch.no_grad():
+        values = out, bits, made.ends, made.relu, to.scale, to.zero_point, to.quant_min, to.quant_max
+        if to.running is None:
+            _ROUND_OVER(*values)
+        else:
+            low, high, constant, symmetric = to.running
+            _OBSERVE_OVER(*values, low, high, skipped, constant, symmetric)
+    return made.attached(True)

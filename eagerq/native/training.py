@@ -134,8 +134,11 @@ def fake_quantize(
     return out, inside
 
 
-def round_over(x: Tensor, to: Rounding, passing: Passing) -> bool:
+def round_over(x: Tensor, to: Rounding, passing: Passing, merge: bool = True) -> bool:
     """:func:`fake_quantize` with one scale in ``x``'s own memory; what was outside the range passes no more.
+
+    Args:
+        merge: into the bits that are there, if any; otherwise they are written over.
 
     Returns:
         False, with nothing changed, for values that are not finite.
@@ -143,7 +146,7 @@ def round_over(x: Tensor, to: Rounding, passing: Passing) -> bool:
     bits = room_for_bits(x.numel(), passing.rows) if passing.bits is None else passing.bits
     width = x.numel() // passing.rows
     finite = LIBRARY.eagerq_round_over(
-        *(x.data_ptr(), bits.data_ptr(), passing.bits is not None, passing.rows, width, passing.ends),
+        *(x.data_ptr(), bits.data_ptr(), merge and passing.bits is not None, passing.rows, width, passing.ends),
         ctypes.byref(_quantizer(to)),
     )
     if finite:

@@ -51,6 +51,7 @@ class QATMixin(Unit):
     _FLOAT_RELU: ClassVar[Any] = None  # the fused float module, where a ReLU is fused behind
     _PARAMETERS: ClassVar[tuple[str, ...]] = ("weight", "bias")
     post_op: ClassVar[str | None] = None
+    _made: Any  # only while a call is being compiled: what the result was made of, for the hook that rounds it
 
     qconfig: Any
     weight: Any
@@ -65,7 +66,7 @@ class QATMixin(Unit):
         """
         if not qconfig:
             raise InvalidConfigError("qconfig must be provided for QAT module", module=self)
-        self.qconfig = qconfig
+        self.qconfig, self._made = qconfig, None
         self.weight_fake_quant = qconfig.weight()
         fit = getattr(self.weight_fake_quant, "fit", None)  # parameters to train must exist before the optimizer
         if fit is not None:
