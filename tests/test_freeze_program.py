@@ -37,8 +37,8 @@ class Net(nn.Module):
         for widen, filtered, narrow, join in zip(self.widen, self.filter, self.narrow, self.join, strict=False):
             x = join.add(x, narrow(filtered(widen(x))))
             if join is self.join[0]:
-                x = x.flip(0)  # by torch: here a group ends
-        x = self.join[3].add(first, x)
+                # by torch: here a group ends; what the next one reads first is room for what it widens
+                x = self.join[3].add(first, x.flip(0))
         pooled = torch.flatten(F.adaptive_avg_pool2d(F.max_pool2d(x, 2), 1), 1)
         return self.dequant(self.fc(pooled)), self.dequant(x)
 
@@ -83,7 +83,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("planned_with", [1, 2])
-@pytest.mark.parametrize("batch", [2, 3, 5])
+@pytest.mark.parametrize("batch", [2, 3, 12])
 def test_image_by_image(model: nn.Module, sizes: list[int], batch: int, planned_with: int) -> None:
     torch.set_num_threads(planned_with)
     frozen = eagerq.freeze(model, (images(batch),))
@@ -108,3 +108,26 @@ def test_results_are_new_each_time(model: nn.Module) -> None:
     after = frozen(images(2, 2))
     assert all(map(torch.equal, before, kept))
     assert not any(x.data_ptr() == y.data_ptr() for x, y in zip(before, after, strict=True))
+
+
+def test_memory_within_a_group() -> None:
+    """While some images have not read what lies there, other images' results do not go there."""
+    whole, own, next_own, other = (torch.zeros(4, 16, 40, 40) for _ in range(4))
+    last = {programs.storage(x): number for number, x in enumerate((whole, own, next_own, other))}
+    memory, group = programs.Memory(last, threads=2), programs.Group(4)
+
+    def place(x: Tensor) -> int:
+        return programs.storage(x)
+
+    memory.enter(group)
+    first = place(memory.whole(whole))
+    memory.release(0)
+    memory.enter(group)
+    second = place(memory.own(own, 4))
+    assert second != first
+    memory.release(1)
+    memory.enter(group)
+    assert place(memory.own(next_own, 4)) == second
+    memory.release(2)
+    memory.enter(programs.Group(4))
+    assert place(memory.whole(other)) == first
