@@ -151,27 +151,36 @@ static void lay_out(const u8 *x, u8 *strip, i64 top, i64 bottom, i64 wide, const
     }
 }
 
-/* `many` windows from the one numbered `start` on, those of a row of the output `stride` bytes apart */
-static void windows(const u8 *base, u8 *out, i64 many, i64 columns, i64 stride, i64 row_stride, i64 from_block,
-                    i64 to_block, const Lines *lines, const Layer *layer, const Conv *c) {
+/* Where windows begin: how many there are to a row and rows to an image, and how far apart they lie. */
+typedef struct {
+    const u8 *base;
+    i64 columns, rows, stride, row_stride, image_stride;
+} Field;
+
+/* `many` windows of a field, whose results follow each other */
+static void windows(const Field *field, u8 *out, i64 many, i64 from_block, i64 to_block, const Lines *lines,
+                    const Layer *layer, const Conv *c) {
     const i64 vectors = (c->outputs + 15) / 16, blocks = (vectors + 3) / 4;
     const i64 deep = lines->count * ((lines->bytes + 3) / 4) * 64, wide = c->outputs * (c->to_real ? 4 : 1);
     const int kind = c->to_real ? REAL : is_bounded(lines->count * lines->bytes, c->outputs, layer, c) ? SAFE : FAR;
     for (i64 block = from_block; block < to_block; block++) {
         const i64 begin = block_start(vectors, blocks, block), nv = block_start(vectors, blocks, block + 1) - begin;
         i64 row = 0, column = 0;
+        const u8 *base = field->base;
         for (i64 at = 0, count; at < many; at += count) {
             const u8 *from[16];
             u8 *to[16];
             const int few = kind == FAR || many - at <= WINDOWS[1][nv], tall = WINDOWS[few][nv];
             count = least(many - at, tall);
             for (i64 r = 0; r < tall; r++) {
-                from[r] = base + row * row_stride + column * stride;
+                from[r] = base + row * field->row_stride + column * field->stride;
                 to[r] = out + (at + least(r, count - 1)) * wide;
-                if (r >= count - 1) continue; /* the last again, for nothing */
-                if (++column == columns) column = 0, row++;
+                if (r >= count && r > 0) from[r] = from[r - 1]; /* the last again, for nothing */
+                else if (++column == field->columns) {
+                    column = 0;
+                    if (++row == field->rows) row = 0, base += field->image_stride;
+                }
             }
-            if (++column == columns) column = 0, row++;
             TILES[kind][few][nv](from, to, begin * 16, layer->weight + begin * deep, lines, layer, c);
         }
     }
@@ -190,8 +199,8 @@ static void direct(const u8 *x, u8 *out, const Layer *layer, const Conv *c) {
     for (i64 piece = 0; piece < chunks; piece++)
         for (i64 block = 0; block < blocks; block++) {
             const i64 at = piece * chunk, many = least(chunk, pixels - at);
-            windows(x + at * c->channels, out + at * c->outputs, many, many, c->channels, 0, block, block + 1, &lines,
-                    layer, c);
+            const Field field = {x + at * c->channels, many, 1, c->channels, 0, 0};
+            windows(&field, out + at * c->outputs, many, block, block + 1, &lines, layer, c);
         }
 }
 
@@ -210,8 +219,8 @@ EXPORT void eagerq_linear(const u8 *x, u8 *out, const Layer *layer, const Conv *
     for (i64 piece = 0; piece < chunks; piece++)
         for (i64 block = 0; block < blocks; block++) {
             const i64 at = piece * chunk, many = least(chunk, rows - at);
-            windows(x + at * c->channels, out + at * wide, many, many, c->channels, 0, block, block + 1, &lines,
-                    layer, c);
+            const Field field = {x + at * c->channels, many, 1, c->channels, 0, 0};
+            windows(&field, out + at * wide, many, block, block + 1, &lines, layer, c);
         }
 }
 
@@ -234,23 +243,34 @@ EXPORT void eagerq_conv(const u8 *x, u8 *out, const Layer *layer, const Conv *c)
     const i64 wide = (c->columns - 1) * c->every_x + c->taps_x, row = wide * c->channels;
     const i64 deep = (c->taps_y - 1) * c->step_y + 1;
     const i64 vectors = (c->outputs + 15) / 16, blocks = (vectors + 3) / 4;
-    /* strips of the output, of some 256 windows; of few, the outputs are parted too, so that all threads have some */
-    const i64 wanted = c->columns > 128 ? c->rows : (c->rows * c->columns + 255) / 256;
-    const i64 high = c->rows < 2 ? 1 : (c->rows + (wanted < 2 ? 2 : wanted) - 1) / (wanted < 2 ? 2 : wanted);
-    const i64 strips = (c->rows + high - 1) / high, parts = c->batch * strips < 8 && blocks > 1 ? 2 : 1;
+    const i64 weight = c->taps_y * ((c->taps_x * c->channels + 3) / 4) * 64 * vectors;
+    /* strips of the output, of some 256 windows, or of small images all; of few, the outputs are parted too, so that
+     * all threads have some; parts of a large weight meet as many images as stay in the second cache beside them */
+    const int small = c->rows * c->columns <= 64;
+    const i64 wanted = c->columns > 128 ? c->rows : (c->rows * c->columns + 255) / 256, most = wanted < 2 ? 2 : wanted;
+    const i64 high = small ? c->rows : (c->rows + most - 1) / most, strips = (c->rows + high - 1) / high;
+    const i64 room = ((high - 1) * c->every_y + deep) * row, fitting = small ? 384 * 1024 / room : 1;
+    const i64 parts = small && weight > 256 * 1024 ? blocks : c->batch * strips < 8 && blocks > 1 ? 2 : 1;
+    i64 together = least(fitting, c->batch * parts / 8);
+    together = together < 1 ? 1 : together;
+    const i64 stacks = (c->batch + together - 1) / together;
     const Lines lines = {c->taps_y, c->taps_x * c->channels, c->step_y * row};
 #pragma omp parallel
     {
-        u8 *strip = malloc(((high - 1) * c->every_y + deep) * row + 64);
+        u8 *strip = malloc(together * room + 64);
+        i64 laid = -1;
 #pragma omp for schedule(dynamic)
-        for (i64 piece = 0; piece < c->batch * strips * parts; piece++) {
-            const i64 part = piece % parts, image = piece / parts / strips, number = piece / parts % strips;
+        for (i64 piece = 0; piece < stacks * strips * parts; piece++) {
+            const i64 part = piece % parts, first = piece / parts / strips * together, number = piece / parts % strips;
+            const i64 images = least(together, c->batch - first);
             const i64 at = number * high, many = least(high, c->rows - at), top = at * c->every_y - c->pad_y;
-            lay_out(x + image * c->height * c->width * c->channels, strip, top, top + (many - 1) * c->every_y + deep,
-                    wide, c);
-            windows(strip, out + (image * c->rows + at) * c->columns * c->outputs, many * c->columns, c->columns,
-                    c->every_x * c->channels, c->every_y * row, part * blocks / parts, (part + 1) * blocks / parts,
-                    &lines, layer, c);
+            for (i64 image = 0; image < images && piece / parts != laid; image++)
+                lay_out(x + (first + image) * c->height * c->width * c->channels, strip + image * room, top,
+                        top + (many - 1) * c->every_y + deep, wide, c);
+            laid = piece / parts;
+            const Field field = {strip, c->columns, many, c->every_x * c->channels, c->every_y * row, room};
+            windows(&field, out + (first * c->rows + at) * c->columns * c->outputs, images * many * c->columns,
+                    part * blocks / parts, (part + 1) * blocks / parts, &lines, layer, c);
         }
         free(strip);
     }
