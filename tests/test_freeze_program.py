@@ -114,7 +114,7 @@ def test_memory_within_a_group() -> None:
     """While some images have not read what lies there, other images' results do not go there."""
     whole, own, next_own, other = (torch.zeros(4, 16, 40, 40) for _ in range(4))
     last = {programs.storage(x): number for number, x in enumerate((whole, own, next_own, other))}
-    memory, group = programs.Memory(last, threads=2), programs.Group(4)
+    memory, group = programs.Memory(last, 2, []), programs.Group(4)
 
     def place(x: Tensor) -> int:
         return programs.storage(x)
