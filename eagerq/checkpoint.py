@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _PACKED = "_packed_params"
+_MARK = "_packed"  # in each name that only torch.ao has, but for those of values that are no plain tensors
 _DYNAMIC_LINEAR = 4  # the version of its format, which no other layer with packed parameters has
 _ScriptObject: Any = getattr(torch, "ScriptObject", ())
 
@@ -87,14 +88,19 @@ def restate(state: MutableMapping[str, Any], prefix: str = "") -> bool:
         CheckpointError: as :func:`from_torch_ao`; ``state`` is then in between.
     """
     found = False
-    for key in [key for key in state if isinstance(key, str) and key.startswith(prefix)]:
-        if key in state:
+    for key in [key for key, value in state.items() if isinstance(key, str) and _may_be_restated(key, value)]:
+        if key.startswith(prefix) and key in state:
             plain = _restated(key, state)
             if plain is not None:
                 del state[key]
                 state.update(plain)
                 found = True
     return found
+
+
+def _may_be_restated(key: str, value: Any) -> bool:
+    """Whether an entry deserves a second look: in most files none does."""
+    return type(value) is not Tensor or value.is_quantized or _MARK in key
 
 
 def _restated(key: str, state: MutableMapping[str, Any]) -> dict[str, Any] | None:
@@ -185,12 +191,82 @@ class Unit(nn.Module):
     """Base of the modules that may be handed all their entries, and those of the modules in them, as one.
 
     nn.Module seeks the entries of each child among all those of its parent, which takes a model of a thousand
-    layers a million looks at each of a layer's entries.  Where they come as one, it is one look.
+    layers a million looks at each of a layer's entries.  Where they come as one, it is one look; and whoever
+    makes one of them has checked them, so that they only have to be copied.
     """
 
-    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
-        unbundle(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        own = self._open(state_dict, prefix)
+        self._before_loading(state_dict, prefix, local_metadata, own is not None)
+        if own is None or not self._copied(own, state_dict, prefix, local_metadata):
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _before_loading(
+        self, state: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], checked: bool
+    ) -> None:
+        """Make the module and its entries ready for each other, in place."""
+
+    def _open(self, state: MutableMapping[str, Any], prefix: str) -> list[str] | None:
+        """Lay out what came as one, those of units within as one each; the keys that no module within has.
+
+        None where it did not, or where a hook may change it yet.
+        """
+        if self._load_state_dict_pre_hooks:
+            unbundle(state, prefix)
+            return None
+        entries = state.pop(prefix + _ALL, None)
+        if entries is None:
+            return None
+        own, start = [], len(prefix)
+        for key, value in entries.items():
+            end = key.find(".", start)
+            child = self._modules.get(key[start:end]) if end > 0 else None
+            if child is None:
+                own.append(key)
+                state[key] = value
+            elif isinstance(child, Unit) and is_ours(child):
+                state.setdefault(key[: end + 1] + _ALL, {})[key] = value
+            else:
+                state[key] = value
+        return own
+
+    def _copied(
+        self, keys: list[str], state: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any]
+    ) -> bool:
+        """Copy one's own entries, as nn.Module does with more care; whether that is all that it would have done."""
+        if (
+            local_metadata.get("assign_to_params_buffers")
+            or torch.__future__.get_swap_module_params_on_conversion()
+            or type(self).set_extra_state is not nn.Module.set_extra_state
+        ):
+            return False
+        pairs: list[tuple[Tensor, Any]] = []
+        for values, others in ((self._parameters, ()), (self._buffers, self._non_persistent_buffers_set)):
+            for name, mine in values.items():
+                if mine is not None and name not in others:
+                    value = state.get(prefix + name)
+                    if type(value) not in _PLAIN or value.shape != mine.shape or mine.is_meta:  # type: ignore[union-attr]
+                        return False
+                    pairs.append((mine, value))
+        if len(pairs) != len(keys):
+            return False
+        try:
+            with torch.no_grad():
+                for mine, value in pairs:
+                    mine.copy_(value)
+        except RuntimeError:  # nn.Module says which one and why
+            return False
+        return True
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module takes its entries as eagerq wrote it: somebody's own way sees them one by one."""
+    return type(module)._load_from_state_dict.__module__.startswith("eagerq.")
 
 
 _ALL = "(all)"
@@ -202,12 +278,16 @@ def bundle(state: MutableMapping[str, Any], units: Container[str]) -> None:
     Args:
         units: what the entries of each begin with, such as ``layer1.conv.``.
     """
+    bundles: dict[str, dict[str, Any]] = {}
     for key in [key for key in state if isinstance(key, str)]:
         end = key.find(".") + 1
         while end and key[:end] not in units:
             end = key.find(".", end) + 1
         if end:
-            state.setdefault(key[:end] + _ALL, {})[key] = state.pop(key)
+            entries = bundles.get(key[:end])
+            if entries is None:
+                entries = bundles[key[:end]] = state[key[:end] + _ALL] = {}
+            entries[key] = state.pop(key)
 
 
 def unbundle(state: MutableMapping[str, Any], prefix: str) -> bool:
@@ -244,16 +324,15 @@ class UpgradingModule(Unit):
         """What the module cannot use of its entries under ``prefix``, in words, shapes and dtypes apart."""
         yield from ()
 
-    def _load_from_state_dict(
-        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    def _before_loading(
+        self, state: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], checked: bool
     ) -> None:
-        unbundle(state_dict, prefix)
-        self._upgrade_state(state_dict, prefix, local_metadata.get("version"))
+        if not checked:
+            self._upgrade_state(state, prefix, local_metadata.get("version"))
         for name in self._resizable:
-            value, buffer = state_dict.get(prefix + name), self._buffers.get(name)
+            value, buffer = state.get(prefix + name), self._buffers.get(name)
             if isinstance(value, Tensor) and buffer is not None and value.shape != buffer.shape:
                 self._buffers[name] = buffer.new_empty(value.shape)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def rename(state: MutableMapping[str, Any], prefix: str, names: Mapping[str, str]) -> None:
@@ -295,11 +374,26 @@ def _shown(value: Tensor) -> str:
     return ", ".join(map(str, values)) + (" …" if value.numel() > len(values) else "")
 
 
+_COMPARABLE = (torch.float32, torch.float64, torch.int32, torch.int64)
+
+
+def _ends(value: Tensor) -> tuple[float, float]:
+    """The least and the greatest, to tell in one look that all is well; NaN where that cannot be told."""
+    if value.numel() == 1:
+        one = value.item()
+        return one, one
+    if value.dtype not in _COMPARABLE or value.numel() == 0:
+        return torch.nan, torch.nan
+    least, most = value.aminmax()
+    return least.item(), most.item()
+
+
 def bad_scale(key: str, state: Mapping[str, Any]) -> Iterator[str]:
     """Says so when the scales under ``key`` are not positive numbers."""
     value = state.get(key)
     if isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta:
-        if value.numel() == 1 and 0 < value.item() < torch.inf:  # most are: one look instead of four
+        least, most = _ends(value)
+        if 0 < least <= most < torch.inf:
             return
         proper = value.isfinite() & (value > 0)
         if not bool(proper.all()):
@@ -336,7 +430,8 @@ def bad_qparams(
         yield f"{path}scale has {scale.numel()} elements, but {path}zero_point {zero_point.numel()}"
     if not zero_point.is_meta:
         low, high = (kind.minimum, kind.maximum) if kind else (-torch.inf, torch.inf)
-        if kind and zero_point.numel() == 1 and low <= zero_point.item() <= high:
+        least, most = _ends(zero_point)
+        if low <= least <= most <= high and abs(least) + abs(most) < torch.inf:
             return
         proper = zero_point.isfinite() & (zero_point >= low) & (zero_point <= high)
         if not bool(proper.all()):

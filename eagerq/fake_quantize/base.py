@@ -99,7 +99,7 @@ class FakeQuantizeBase(_WithArgs, ABC, UpgradingModule):
         super()._upgrade_state(state, prefix, version)
         for name in ("fake_quant_enabled", "observer_enabled"):
             value = state.get(prefix + name)
-            if isinstance(value, Tensor) and not value.is_floating_point():
+            if isinstance(value, Tensor) and value.dtype is not self._switch_dtype and not value.is_floating_point():
                 state[prefix + name] = value.to(self._switch_dtype)  # classes differ in the width
 
     def _load_from_state_dict(self, *args: Any) -> None:

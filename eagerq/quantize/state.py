@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
-from eagerq.checkpoint import Unit, UpgradingModule, bundle, misfit, restate
+from eagerq.checkpoint import Unit, UpgradingModule, bundle, is_ours, misfit, restate
 from eagerq.errors import CheckpointError, nearest
 
 __all__ = ["StateCheck", "has_state_check", "install_state_check"]
@@ -18,11 +19,41 @@ _SHOWN = 5
 _CALLER = 7  # frames from the warning up to who called load_state_dict
 
 
-def _upgrading(root: nn.Module, prefix: str) -> Iterator[tuple[str, UpgradingModule]]:
-    """The modules that have a say about their entries, with what these begin with."""
-    for path, module in root.named_modules(remove_duplicate=False):
-        if isinstance(module, UpgradingModule):
-            yield f"{prefix}{path}." if path else prefix, module
+_Upgrading = list[tuple[str, UpgradingModule]]
+
+
+@cache
+def _saves(kind: type[nn.Module]) -> tuple[bool, bool]:
+    """Whether a class of modules saves no others' entries as it likes, and its own as any module does."""
+    plain = kind._save_to_state_dict is nn.Module._save_to_state_dict
+    return kind.state_dict is nn.Module.state_dict, plain and kind.get_extra_state is nn.Module.get_extra_state
+
+
+def _look(module: nn.Module, prefix: str, upgrading: _Upgrading, own: dict[str, Any]) -> bool:
+    """Note the modules that have a say about their entries and what these begin with, and all that would be saved.
+
+    Returns:
+        Whether that is what ``state_dict`` tells; a hook may tell another thing.
+    """
+    if isinstance(module, UpgradingModule):
+        upgrading.append((prefix, module))
+    as_usual, plainly = _saves(type(module))  # type: ignore[arg-type]
+    if module._state_dict_hooks or module._state_dict_pre_hooks:
+        as_usual = False
+    if plainly:
+        unsaved = module._non_persistent_buffers_set
+        for name, value in module._parameters.items():
+            if value is not None:
+                own[prefix + name] = value
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in unsaved:
+                own[prefix + name] = buffer
+    else:
+        module._save_to_state_dict(own, prefix, True)
+    for name, child in module._modules.items():
+        if child is not None:
+            as_usual = _look(child, f"{prefix}{name}.", upgrading, own) and as_usual
+    return as_usual
 
 
 def _as_torch_loads(module: nn.Module) -> bool:
@@ -34,7 +65,7 @@ def _units(root: nn.Module, prefix: str) -> Iterator[str]:
     for name, child in root._modules.items():
         path = f"{prefix}{name}."
         if isinstance(child, Unit):
-            if type(child)._load_from_state_dict.__module__.startswith("eagerq."):
+            if is_ours(child):
                 yield path
         elif child is not None and not child._load_state_dict_pre_hooks and _as_torch_loads(child):
             yield from _units(child, path)
@@ -65,36 +96,47 @@ class StateCheck:
     neither the old nor the new.
     """
 
-    def upgrade(self, root: nn.Module, state_dict: dict[str, Any], prefix: str, versions: Mapping[str, Any]) -> None:
+    def upgrade(
+        self, modules: _Upgrading, state_dict: dict[str, Any], prefix: str, versions: Mapping[str, Any]
+    ) -> None:
         """Bring the entries to today's form, in place.
 
         Args:
+            modules: those that have a say.
             versions: metadata of each module, by its path.
         """
         restate(state_dict, prefix)
-        for dot, module in _upgrading(root, prefix):
+        for dot, module in modules:
             module._upgrade_state(state_dict, dot, versions.get(dot[:-1], {}).get("version"))
 
-    def problems(self, root: nn.Module, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> list[str]:
-        """What does not fit, in words; nothing is changed."""
-        own = {prefix + key: value for key, value in root.state_dict().items()}
+    def problems(
+        self, modules: _Upgrading, own: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str, strict: bool
+    ) -> list[str]:
+        """What does not fit, in words; nothing is changed.
+
+        Args:
+            own: the model's own state.
+        """
         found = []
-        modules = dict(_upgrading(root, prefix))
-        optional = {dot + name for dot, module in modules.items() for name in module._optional_state}
-        kept = {dot + name for dot, module in modules.items() for name in module._kept_state}
-        resizable = {dot + name for dot, module in modules.items() for name in module._resizable}
+        optional = {dot + name for dot, module in modules for name in module._optional_state}
+        kept = {dot + name for dot, module in modules for name in module._kept_state}
+        resizable = {dot + name for dot, module in modules for name in module._resizable}
         needless, known = optional | kept, own.keys() | optional
-        missing = [key for key in own if key not in state_dict and key not in needless]
-        extra = [key for key in map(str, state_dict) if key.startswith(prefix) and key not in known]
+        missing, extra = [], []
+        if state_dict.keys() != own.keys():
+            missing = [key for key in own if key not in state_dict and key not in needless]
+            extra = [key for key in map(str, state_dict) if key.startswith(prefix) and key not in known]
         if strict and missing:
             found.append(f"it lacks {_listed(missing)}")
         if strict and extra:
             found.append(f"it has {_listed(extra)} besides (nearest to the first: {nearest(extra[0], own)})")
         for key, mine in own.items():
             if key in state_dict and isinstance(mine, Tensor):
-                wrong = misfit(key, state_dict[key], mine, key in resizable)
-                found += [wrong] if wrong else []
-        for dot, module in modules.items():
+                value = state_dict[key]
+                if type(value) is not Tensor or value.dtype is not mine.dtype or value.shape != mine.shape:
+                    wrong = misfit(key, value, mine, key in resizable)
+                    found += [wrong] if wrong else []
+        for dot, module in modules:
             found += module._state_problems(state_dict, dot)
         return found
 
@@ -107,9 +149,13 @@ class StateCheck:
         strict: bool,
         *lists: list[str],
     ) -> None:
-        self.upgrade(module, state_dict, prefix, _running("metadata", None) or {})
+        modules: _Upgrading = []
+        own: dict[str, Any] = {}
+        if not _look(module, prefix, modules, own):
+            own = module.state_dict(prefix=prefix, keep_vars=True)
+        self.upgrade(modules, state_dict, prefix, _running("metadata", None) or {})
         strict = _running("strict", strict)
-        found = self.problems(module, state_dict, prefix, strict)
+        found = self.problems(modules, own, state_dict, prefix, strict)
         if found:
             more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise CheckpointError(
@@ -119,16 +165,17 @@ class StateCheck:
                 "then prepare (and convert, for an int8 file) before load_state_dict",
             )
         if strict:
-            _tell_what_stays(module, state_dict, prefix)
+            _tell_what_stays(modules, state_dict)
         last = next(reversed(module._load_state_dict_pre_hooks.values()))
         if getattr(last, "hook", last) is self and _as_torch_loads(module):
             bundle(state_dict, set(_units(module, prefix)))
 
 
-def _tell_what_stays(root: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+def _tell_what_stays(modules: _Upgrading, state_dict: Mapping[str, Any]) -> None:
     kept = {
         dot[:-1]: [name for name in module._kept_state if dot + name not in state_dict]
-        for dot, module in _upgrading(root, prefix)
+        for dot, module in modules
+        if module._kept_state
     }
     missing = [f"{path!r} ({', '.join(names)})" for path, names in kept.items() if names]
     if missing:
