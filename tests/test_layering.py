@@ -24,7 +24,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     4: ("intrinsic",),
     3: ("nn.qat", "nn.quantized", "nn.quantizable", "stubs", "tree", "twins"),
     2: ("observer", "fake_quantize", "qconfig", "qconfig_mapping", "inspection"),
-    1: ("checkpoint", "functional", "ranges", "qtensor", "qtensor_activations", "qtensor_ops", "kernels"),
+    1: ("bundles", "checkpoint", "functional", "ranges", "qtensor", "qtensor_activations", "qtensor_ops", "kernels"),
     0: ("errors", "scheme", "native"),
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from eagerq.checkpoint import unbundle
+from eagerq.bundles import unbundle
 from eagerq.errors import InvalidConfigError
 from eagerq.fake_quantize.base import FakeQuantizeBase
 from eagerq.functional import fake_quantize_learnable

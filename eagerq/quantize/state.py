@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eagerq.checkpoint import Unit, UpgradingModule, bundle, is_ours, misfit, restate
+from eagerq.bundles import Unit, bundle, is_ours
+from eagerq.checkpoint import UpgradingModule, misfit, restate
 from eagerq.errors import CheckpointError, nearest
 
 __all__ = ["StateCheck", "has_state_check", "install_state_check"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import eagerq
-from eagerq.checkpoint import bundle, unbundle
+from eagerq.bundles import bundle, unbundle
 from eagerq.quantize.state import _units
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import (
     type_before_parametrizations,
 )
 
-from eagerq.checkpoint import Unit
+from eagerq.bundles import Unit
 from eagerq.errors import InvalidConfigError
 from eagerq.functional import rebuilt, relu_
 
