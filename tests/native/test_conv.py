@@ -125,6 +125,22 @@ def simple_call(**changed: Any) -> Call:
     return {**call, **changed}
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_small_images_meet_a_large_weight(batch: int, stride: int) -> None:
+    """Images that go together are not one after the other in memory as their results are."""
+    generator = torch.Generator().manual_seed(batch)
+    call = simple_call(
+        x=reference.channels_last(integers((batch, 68, 7, 6), torch.uint8, generator)),
+        weight=integers((500, 68, 3, 3), torch.int8, generator),
+        weight_scale=torch.rand(500, generator=generator) / 512,
+        weight_zero_point=torch.zeros(500, dtype=torch.int32),
+        bias=torch.randn(500, generator=generator),
+        stride=[stride, stride],
+    )
+    assert torch.equal(native_conv.conv(*call.values()), reference.conv(*call.values()))
+
+
 @pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("x_scale", [1e6, 1e38])
 @pytest.mark.parametrize(("low", "high"), [(0, 255), (3, 100)])
