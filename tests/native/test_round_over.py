@@ -143,8 +143,17 @@ def test_nothing_changes_for_values_that_are_not_finite(name: str, value: float)
     assert all(map(torch.equal, (to.scale, *to.running[:2]), (torch.full((1,), v) for v in (0.01, -0.4, 0.9))))
 
 
+def test_writing_counts_as_a_change() -> None:
+    out = summed(True, torch.randn(4, requires_grad=True), torch.ones(4))
+    before = out._version
+    round_over(out, parameters(False))
+    assert out._version > before
+
+
 def test_leaves_alone_what_is_not_a_result_of_ours() -> None:
     x = torch.randn(2, 3, requires_grad=True)
+    each = Rounding(torch.ones(2), torch.zeros(2, dtype=torch.int32), 0, 127, rows=True)
+    assert round_over(summed(True, x, torch.ones(2, 3)), each) is None
     assert round_over(x, parameters(False)) is None
     assert round_over(x * 2, parameters(False)) is None
     assert round_over(F.relu(x * 1), parameters(False)) is None
