@@ -102,7 +102,7 @@ def _serves(x: Tensor, to: Rounding, factor: Tensor | None) -> bool:
     if to.zero_point.dtype is not torch.int32 or to.zero_point.numel() != count:
         return False
     return all(
-        one.dtype is torch.float32 and one.numel() == count and one.device.type == "cpu" and one.is_contiguous()
+        one.dtype is torch.float32 and one.numel() == count and one.is_cpu and one.is_contiguous()
         for one in (numbers if factor is None else [*numbers, factor])
     )
 

@@ -97,7 +97,8 @@ def _updated(to: Rounding) -> None:
 
 def _taps_of(weight: Tensor) -> int:
     """How many values a pair of channels has in a contiguous weight whose order in channels_last is another one."""
-    return weight[0, 0].numel() if weight.dim() == 4 and weight.shape[1] > 1 and weight.is_contiguous() else 1
+    turned = weight.dim() == 4 and weight.shape[1] > 1 and weight.is_contiguous()
+    return weight.shape[2] * weight.shape[3] if turned else 1
 
 
 def fake_quantize(
