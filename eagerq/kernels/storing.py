@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_last", "ready", "stored", "storing"]
+__all__ = ["is_exporting", "is_last", "ready", "stored", "storing"]
+
+
+def is_exporting() -> bool:
+    """Whether a graph is made for export; torch 2.11's own function says so whenever it is compiled."""
+    return torch.compiler._is_exporting_flag
 
 
 def is_last(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from eagerq import native
 from eagerq.functional import in_order
 from eagerq.kernels.dispatch import Kernel
-from eagerq.kernels.storing import is_last, ready, stored, storing
+from eagerq.kernels.storing import is_exporting, is_last, ready, stored, storing
 from eagerq.kernels.training import observed_rows
 from eagerq.native import Rounding, Running
 
@@ -240,7 +240,7 @@ def convolution_in_graph(
     numbers = [to.scale] if to.running is None else [to.scale, to.running.low, to.running.high]
     if not (native.available and to.rows and rows > 1 and x.dim() == weight.dim() and x.numel() and weight.numel()):
         return None
-    if torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu") or to.zero_point.dtype is not torch.int32:
+    if is_exporting() or torch.is_autocast_enabled("cpu") or to.zero_point.dtype is not torch.int32:
         return None
     if x.device.type != "cpu" or weight.device.type != "cpu" or not _dense(weight):
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eagerq import native
 from eagerq.kernels.dispatch import Kernel
-from eagerq.kernels.storing import ready, stored, storing
+from eagerq.kernels.storing import is_exporting, ready, stored, storing
 from eagerq.kernels.training import observe
 from eagerq.native import Norm, Rounding, Running
 
@@ -175,7 +175,7 @@ def batch_norm_in_graph(
     vectors = factor, weight, bias, norm.running_mean, norm.running_var
     if not (native.available and y.dim() > 2 and y.dtype is torch.float32 and y.device.type == "cpu"):
         return None
-    if y.numel() <= y.shape[1] or torch.compiler.is_exporting():
+    if y.numel() <= y.shape[1] or is_exporting():
         return None
     if not all(one.dtype is torch.float32 and one.numel() == y.shape[1] for one in vectors):
         return None

@@ -1,0 +1,44 @@
+"""Inductor hands our operators images as they are best stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training.compiled import Convolution, prepared
+
+from eagerq import native
+from eagerq.kernels import training_layers, training_norm
+
+# Dynamo makes one to trace an autograd function.
+pytestmark = [
+    pytest.mark.skipif(not native.available, reason="these operators are the C library's"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+
+def test_images_are_stored_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def noting(ready: Any) -> Any:
+        def call(x: Tensor) -> Tensor:
+            made: Tensor = ready(x)
+            if type(x) is Tensor:  # not while tracing
+                seen.append((x is made, made.is_contiguous(memory_format=torch.channels_last)))
+            return made
+
+        return call
+
+    for module in (training_layers, training_norm):
+        monkeypatch.setattr(module, "ready", noting(module.ready))
+    model = prepared(Convolution)
+    torch.compiler.reset()
+    call = torch.compile(model, fullgraph=True)
+    for _ in range(2):
+        seen.clear()
+        call(torch.randn(4, *Convolution.shape)).sum().backward()
+    torch.compiler.reset()
+    assert len(seen) >= 6
+    assert set(seen) == {(True, True)}
