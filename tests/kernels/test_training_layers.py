@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eagerq import native
 from eagerq.functional import fake_quantize
+from eagerq.kernels.training_norm import batch_norm_in_graph, round_over_in_graph
 from eagerq.observer import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
 
 pytestmark = pytest.mark.skipif(not native.available, reason="these operators are the C library's")
@@ -221,3 +222,18 @@ def test_rounds_what_a_batch_norm_gave(shape: tuple[int, ...], last: bool, relu:
     )
     for one, other in zip(found, expected, strict=True):
         close(one, other)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_no_gradient_passes_where_rounding_clamps(relu: bool) -> None:
+    y = torch.randn(2, 5, 6, 6, requires_grad=True)
+    vectors = [torch.rand(5) + 0.5 for _ in range(3)]
+    to = native.Rounding(torch.full((1,), 0.004), torch.full((1,), 90, dtype=torch.int32), 0, 255)
+    makings = [
+        batch_norm_in_graph(y, *vectors, native.Norm(torch.zeros(5), torch.ones(5), 1e-5, 0.1), relu) for _ in range(2)
+    ]
+    before, rounded = makings[0].attached(relu), round_over_in_graph(makings[1], to, None)
+    inside = (before / to.scale).round() + to.zero_point
+    grad = torch.randn(y.shape)
+    (expected,) = torch.autograd.grad(before, y, grad * ((inside >= 0) & (inside <= 255)))
+    close(torch.autograd.grad(rounded, y, grad)[0], expected)
