@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,9 +66,16 @@ def _mark(graph: Any) -> None:
             chosen.update(user for user in node.users if user.target not in _ORDERED)
 
 
+_OF_LOWERING = ("config", "fallback_handler", "register_lowering", "V")
+_OF_IR = ("ComputedBuffer", "ExternKernel", "as_storage_and_layout", "is_storage_and_layout")
+
+
 @functools.cache
 def _tell(name: str, images: bool) -> None:
     lowering, ir = sys.modules["torch._inductor.lowering"], sys.modules["torch._inductor.ir"]
+    # none of this is torch's public interface: an Inductor without it stores as it thinks best, at a cost in copies
+    if not all(map(partial(hasattr, lowering), _OF_LOWERING)) or not all(map(partial(hasattr, ir), _OF_IR)):
+        return
     operator = getattr(torch.ops.eagerq, name).default
     compute, store = lowering.fallback_handler(operator, add_to_fallback_set=False), _as_image if images else _as_read
     if images:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import lowering
 from training.compiled import Convolution, prepared
 
 from eagerq import native
-from eagerq.kernels import training_layers, training_norm
+from eagerq.kernels import storing, training_layers, training_norm
 
 # Dynamo makes one to trace an autograd function.
 pytestmark = [
@@ -42,3 +43,14 @@ def test_images_are_stored_channels_last(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.compiler.reset()
     assert len(seen) >= 6
     assert set(seen) == {(True, True)}
+
+
+def test_an_inductor_of_other_names_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(lowering, "register_lowering", lambda *names, **how: told.append(names) or (lambda made: made))
+    tell = storing._tell.__wrapped__
+    tell("batch_norm_of_scaled", images=False)
+    assert len(told) == 1
+    monkeypatch.setattr(storing, "_OF_IR", ("no_such_name",))
+    tell("batch_norm_of_scaled", images=False)
+    assert len(told) == 1
