@@ -32,6 +32,7 @@ __all__ = [
     "Observing",
     "attach_observer",
     "fixed_range_observer",
+    "is_rounded_first",
     "made_from",
     "remove_observers",
     "swap_module",
@@ -62,12 +63,16 @@ class ObserverHook:
         made = None if eager else getattr(module, "_made", None)
         if made is not None:
             module._made = None
-            if gives_its_own(module) and is_ordinary(observer) and len(module._forward_hooks) == 1:
-                rounded = observer.over_made(made)
-                if rounded is not None:
-                    return rounded
+            if is_ordinary(observer) and (rounded := observer.over_made(made)) is not None:
+                return rounded
         observed: Tensor = observer(output)
         return observed
+
+
+def is_rounded_first(module: nn.Module) -> bool:
+    """Whether the module's own observer, and no other hook, sees what a call gives."""
+    hooks = list(module._forward_hooks.values())
+    return len(hooks) == 1 and isinstance(hooks[0], ObserverHook) and gives_its_own(module)
 
 
 class InputObserverHook:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eagerq.functional import Norm
 from eagerq.kernels.training_norm import Normalized, batch_norm_in_graph
+from eagerq.twins import is_rounded_first
 
 __all__ = ["layer_in_graph"]
 
@@ -28,8 +29,12 @@ def layer_in_graph(layer: Any, x: Tensor, folded: Tensor) -> Tensor | None:
     out = layer._convolved(x, factor, None, relu=False)
     if out is None:
         return None
-    made = layer._made = _normed(layer, out, factor)
-    return layer._by_the_book(out, factor) if made is None else made.attached(layer.post_op == "relu")
+    made = _normed(layer, out, factor)
+    if made is None:
+        return layer._by_the_book(out, factor)
+    if is_rounded_first(layer):
+        layer._made = made
+    return made.attached(layer.post_op == "relu")
 
 
 def _normed(layer: Any, y: Tensor, factor: Tensor) -> Normalized | None:

@@ -74,6 +74,9 @@ class QATMixin(Unit):
         if not self.weight.is_meta:
             self.weight_fake_quant.to(self.weight.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}  # left by who calls `forward` itself, past the hook that takes it
+
     def _affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The stock module's own arithmetic, with a weight and bias of the caller's."""
         raise NotImplementedError

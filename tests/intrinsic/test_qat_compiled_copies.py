@@ -1,0 +1,68 @@
+"""A layer that compiled code has run can be copied and keeps nothing alive."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eagerq
+from eagerq.intrinsic.qat import ConvBnReLU2d
+
+# Dynamo makes one to trace an autograd function.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def prepared() -> Any:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).train()
+    model = eagerq.QuantWrapper(layers)
+    eagerq.fuse_modules_qat(model, ["module.0", "module.1", "module.2"], inplace=True)
+    model.qconfig = eagerq.get_default_qat_qconfig("onednn")  # type: ignore[assignment]
+    return eagerq.prepare_qat(model, inplace=True)
+
+
+def alone() -> Any:
+    return ConvBnReLU2d(3, 8, 3, qconfig=eagerq.get_default_qat_qconfig("onednn"))
+
+
+class Past(nn.Module):
+    """Calls what is in a prepared layer past its hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = prepared()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.model.module[0].forward(x)
+        return y
+
+
+@pytest.mark.parametrize("make", [prepared, alone, Past])
+def test_it_can_be_copied(make: Any) -> None:
+    model, x = make(), torch.randn(2, 3, 8, 8)
+    model(x)
+    compiled = torch.compile(model, fullgraph=True)
+    compiled(x).sum().backward()
+    copied = copy.deepcopy(model).eval()
+    assert torch.equal(copied(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("make", [prepared, alone])
+def test_it_keeps_no_activation(make: Any) -> None:
+    model, x = make(), torch.randn(2, 3, 31, 37)
+    model(x)
+    torch.compile(model, fullgraph=True)(x).sum().backward()
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one) is Tensor and one.shape == (2, 8, 29, 35)]
