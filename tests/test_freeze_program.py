@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +111,45 @@ def test_results_are_new_each_time(model: nn.Module) -> None:
     after = frozen(images(2, 2))
     assert all(map(torch.equal, before, kept))
     assert not any(x.data_ptr() == y.data_ptr() for x, y in zip(before, after, strict=True))
+
+
+class Sliced(nn.Module):
+    """Each layer looks at a part of what the one before gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (4, 32, 8, 64, 4, 48)
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)[:, : layer.out_channels]
+        return x
+
+
+def test_a_view_parts_groups(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is taken again as if all images were done before it, so they have to be."""
+    listed: list[list[native.Step]] = []
+
+    def noted(steps: list[native.Step], count: int) -> Any:
+        listed.append(list(steps))
+        return native.runner(steps, count)
+
+    monkeypatch.setattr(programs, "native", SimpleNamespace(**{**vars(native), "runner": noted}))
+    torch.set_num_threads(4)
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, 64, 64)
+    net = eagerq.QuantWrapper(Sliced()).eval()
+    net.qconfig = eagerq.get_default_qconfig("onednn")  # type: ignore[assignment]
+    prepared = eagerq.prepare(net)
+    prepared(x)
+    model = eagerq.convert(prepared)
+    frozen = eagerq.freeze(model, (x,))
+    together = [step.group for step in max(listed, key=len) if step.images]
+    assert len(together) >= 5
+    assert len(set(together)) >= 4
+    wanted = model(x)
+    assert all(torch.equal(frozen(x), wanted) for _ in range(20))
 
 
 def test_memory_within_a_group() -> None:

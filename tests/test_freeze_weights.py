@@ -76,6 +76,24 @@ def test_the_plans_go_on(frozen: Frozen, plain: dict[str, Tensor]) -> None:
     assert_whole(frozen.model, plain)
 
 
+def test_packed_again_after_one_more_shape(frozen: Frozen) -> None:
+    """Planning takes the weights back; the plans made hold on."""
+    all_of_them = frozen.pack_weights()
+    frozen.add((images(1),))
+    assert not given_up(frozen)
+    frozen(images())
+    plans = [plan for _, plan in frozen._plans.values()]
+    assert frozen.pack_weights() == all_of_them
+    wanted = frozen.model(images(1))  # a look
+    frozen(images())
+    frozen(images(1))
+    again = [plan for _, plan in frozen._plans.values()]
+    assert not set(map(id, plans)) & set(map(id, again))
+    assert torch.equal(frozen(images(1)), wanted)
+    frozen(images())
+    assert [plan for _, plan in frozen._plans.values()] == again
+
+
 def state(model: nn.Module) -> Any:
     return {name: x.clone() for name, x in model.state_dict(keep_vars=True).items() if torch.is_tensor(x)}
 

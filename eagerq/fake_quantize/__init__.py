@@ -19,7 +19,7 @@ from eagerq.fake_quantize.defaults import (
     fused_per_channel_wt_fake_quant_range_neg_127_to_127,
     fused_wt_fake_quant_range_neg_127_to_127,
 )
-from eagerq.fake_quantize.direct import is_ordinary, is_plain, rounded_over, rounded_scaled
+from eagerq.fake_quantize.direct import is_ordinary, is_plain, is_rounding, rounded_over, rounded_scaled
 from eagerq.fake_quantize.learnable import LearnableFakeQuantize
 from eagerq.fake_quantize.modules import (
     FakeQuantize,
@@ -43,6 +43,7 @@ __all__ = [
     # with the same result, in fewer passes
     "is_ordinary",
     "is_plain",
+    "is_rounding",
     "rounded_over",
     "rounded_scaled",
     # ready-made

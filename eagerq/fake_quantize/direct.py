@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 from eagerq.fake_quantize.modules import FakeQuantize, FusedMovingAvgObsFakeQuantize
 from eagerq.functional import channel_shape
 
-__all__ = ["is_ordinary", "is_plain", "rounded_over", "rounded_scaled"]
+__all__ = ["is_ordinary", "is_plain", "is_rounding", "rounded_over", "rounded_scaled"]
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
@@ -25,6 +25,11 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
 def is_ordinary(rounding: Any) -> bool:
     """Whether this is a fake quantizer that the functions below take another way."""
     return is_plain(rounding, FakeQuantize, FusedMovingAvgObsFakeQuantize)
+
+
+def is_rounding(rounding: Any) -> bool:
+    """Whether it is one that is switched on."""
+    return is_ordinary(rounding) and rounding._fake_quant_on
 
 
 def rounded_scaled(rounding: Any, x: Tensor, factor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from eagerq import native
 from eagerq.errors import InvalidArgumentError, UnsupportedError
 from eagerq.freeze.plan import Plan, Tape, Unplannable
-from eagerq.freeze.weights import give_up_weights
+from eagerq.freeze.weights import give_up_weights, take_back_weights
 from eagerq.qtensor import QTensor
 from eagerq.quantize.converting import RunWarnings
 
@@ -101,6 +101,7 @@ class Frozen(nn.Module):
             return known[1]
         if key in self._plans and known is None:
             return None
+        take_back_weights(self.model)  # planning looks at them, and the guard is to hold after it
         guard = _Guard(self.model)
         if not guard.holds():
             return None
@@ -128,6 +129,7 @@ class Frozen(nn.Module):
             )
         try:
             with self._lock:
+                take_back_weights(self.model)
                 self._plans[key] = _Guard(self.model), _planned(self.model, example_inputs, self._pieces)
         except Unplannable as error:
             raise UnsupportedError(
@@ -172,7 +174,12 @@ def _look(x: Any) -> Any:
     """What a plan depends on in an argument."""
     if type(x) is QTensor and x.axis is None:
         return (x.scale, x.zero_point, _look(x.integers))
-    if type(x) is Tensor and x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if (
+        type(x) is Tensor
+        and x.layout is torch.strided
+        and x.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    ):
         return (x.dtype, x.shape, x.stride(), x.requires_grad and torch.is_grad_enabled())
     return (type(x), x) if isinstance(x, _PLAIN) else None
 

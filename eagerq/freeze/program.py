@@ -144,7 +144,7 @@ class Program:
             out: the same; None for a result that is to be new each time, see :meth:`give`.
         """
         step = native.step(call.function, len(call.read), call.rest)
-        step.images = group.images if group else 0
+        step.images, step.group = (group.images, id(group)) if group else (0, 0)
         for number, (x, recorded) in enumerate(zip(read, call.read, strict=True)):
             if isinstance(x, int):
                 self._late.append((len(self._steps), number, x))
@@ -152,7 +152,7 @@ class Program:
         if out is not None:
             self._place(step.places[2], out, step.images)
         self._steps.append(step)
-        self._alive += [call.rest, out, *read]
+        self._alive += [call.rest, out, group, *read]
 
     def give(self, slot: int, result: Tensor) -> None:
         """Let the last call write to a new tensor like ``result``, found in its slot."""

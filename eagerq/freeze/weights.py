@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from eagerq.kernels.packing import Unpacker, unpacker
 
-__all__ = ["give_up_weights"]
+__all__ = ["give_up_weights", "take_back_weights"]
 
 _Result = TypeVar("_Result")
 
@@ -105,6 +105,13 @@ def give_up_weights(model: nn.Module) -> int:
     gc.collect()
     with torch.inference_mode(False), torch.no_grad():
         return sum(map(_give_up, model.modules()))
+
+
+def take_back_weights(model: nn.Module) -> None:
+    """Make all weights that were given up."""
+    for module in model.modules():
+        if type(module._buffers) is _Away:
+            module._buffers._whole()
 
 
 def _give_up(module: nn.Module) -> int:

@@ -164,7 +164,8 @@ class BatchNormMixin(QATMixin):
         """By the batch's statistics, which become part of the running ones."""
         bn, out = self.bn, None
         # with a bias the values' own rounding is seen in the mean; of one value the batch norm says it is too few
-        if self.bias is None and y.numel() > y.shape[1] and native.serves(y):
+        batched = y.dim() == self.weight.dim()
+        if self.bias is None and batched and y.numel() > y.shape[1] and native.serves(y):
             pace = bn.momentum
             if pace is None:
                 pace = 1.0 / (1 + int(bn.num_batches_tracked))

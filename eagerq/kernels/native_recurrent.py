@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,8 +37,8 @@ def recur(
         x: the input's part of all gates, float32 ``[rows of all steps, gates·hidden]``.
         sizes: how many rows each step has, the most at first.
         start: hidden and, for LSTM, cell state before, float32 ``[rows of the first step, hidden]``.
-        weight, weight_scale, weight_zero_point, bias: recurrent ones, as of :data:`eagerq.kernels.linear_dynamic`; a
-            float32 weight has neither scale nor zero point.
+        weight, weight_scale, weight_zero_point, bias: recurrent ones, as of :data:`eagerq.kernels.linear_dynamic`; not
+            served without scale and zero point, as a float32 weight is.
         reduce_range: as there.
         reverse: from the last step to the first.
 
@@ -48,14 +47,9 @@ def recur(
     """
     if torch.compiler.is_compiling() or dialect() is not None or not all(map(_plain, (x, *start))):
         return None
-    if weight_scale is None or weight_zero_point is None:
-        product = partial(torch.mm, mat2=weight.T) if bias is None else partial(_affine, bias, weight.T)
-        return native.recur(x, sizes, start, product, 0, reverse) if sizes[0] and native.serves(weight) else None
+    if weight_scale is None or weight_zero_point is None:  # torch's product rounds otherwise in memory laid out ahead
+        return None
     if not serves(sizes[0], start[0].shape[1], weight, weight_scale) or not native.conv_ready():
         return None
     packed = packed_dynamic(weight, weight_scale, weight_zero_point, bias)
     return native.recur(x, sizes, start, packed, 127 if reduce_range else 255, reverse)
-
-
-def _affine(bias: Tensor, weight: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    return torch.addmm(bias, x, weight, out=out)

@@ -16,7 +16,8 @@ __all__ = ["is_exporting", "is_last", "ready", "stored", "storing"]
 
 def is_exporting() -> bool:
     """Whether a graph is made for export; torch 2.11's own function says so whenever it is compiled."""
-    return torch.compiler._is_exporting_flag
+    flag: bool = getattr(torch.compiler, "_is_exporting_flag", False)
+    return flag
 
 
 def is_last(x: Tensor) -> bool:

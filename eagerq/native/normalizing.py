@@ -43,7 +43,10 @@ def norms(y: Tensor, vectors: list[Tensor]) -> bool:
     """Whether C serves ``y`` ``[N, C, …]`` with these vectors ``[C]``: float32, contiguous or with channels last."""
     if y.dim() < 3 or y.dtype is not torch.float32 or not y.numel() or not serves(y):
         return False
-    return all(one.dtype is torch.float32 and one.is_cpu and one.is_contiguous() for one in vectors)
+    return all(
+        one.dtype is torch.float32 and one.is_cpu and one.is_contiguous() and one.shape == y.shape[1:2]
+        for one in vectors
+    )
 
 
 def _norm(y: Tensor, *rest: Any) -> Any:

@@ -28,6 +28,7 @@ typedef struct {
 /* A call: where it reads and writes, and the rest of its arguments, by their kinds. */
 typedef struct {
     i64 kind, images; /* images: of a batch that goes one by one; 0 where all go at once */
+    i64 group;        /* calls in a row of one group go through it together: only they share memory as if in turn */
     Place places[3]; /* one or two that are read, and that of the result */
     const void *pointers[2];
     i64 numbers[7];
@@ -63,7 +64,7 @@ static void run_step(const Step *s, i64 image, i64 thread) {
 EXPORT void eagerq_run(const Step *steps, i64 count, i64 most) {
     for (i64 at = 0, next; at < count; at = next) {
         const i64 images = steps[at].images;
-        for (next = at + 1; next < count && images && steps[next].images == images;) next++;
+        for (next = at + 1; next < count && images && steps[next].group == steps[at].group;) next++;
         if (!images) {
             run_step(&steps[at], 0, 0);
             continue;

@@ -31,11 +31,12 @@ class Step(ctypes.Structure):
 
     Attributes:
         images: of a batch that goes image by image; 0 where all go at once.
+        group: a number of those that go through the batch together.
         places: of what is read, one or two tensors, and of the result, the third.
     """
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("kind", "images")),
+        *((name, ctypes.c_int64) for name in ("kind", "images", "group")),
         ("places", Place * 3),
         ("pointers", ctypes.c_void_p * 2),
         ("numbers", ctypes.c_int64 * 7),

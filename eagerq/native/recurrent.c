@@ -4,7 +4,7 @@
 /* One direction of one layer. What a step reads and writes lies in [rows, hidden] blocks; the gates, whose rows are
  * `pitch` apart, in the order in which they are summed or, for LSTM, input, forget, output, cell. */
 typedef struct {
-    const void *layer, *product; /* the recurrent weight, and the sizes of its product; null: `sums` is made elsewhere */
+    const void *layer, *product; /* the recurrent weight, and the sizes of its product */
     const float *x;              /* of this step: the input's part of all gates */
     float *y;                    /* of this step: the hidden state after it */
     float *h, *c, *sums, *gates, *bent; /* bent: what is given to the tangent, and comes back from it */
@@ -52,7 +52,7 @@ CLONES static void updated_line(const float *update, const float *new, float *re
 EXPORT int eagerq_recur_gates(const Recurrence *p) {
     static const int SLOTS[] = {0, 1, 3, 2};
     const i64 n = p->hidden, all = p->is_lstm ? 4 : 3;
-    if (p->layer && eagerq_linear_dynamic(p->h, p->bytes, (u8 *)p->sums, p->most, p->layer, p->product)) return 1;
+    if (eagerq_linear_dynamic(p->h, p->bytes, (u8 *)p->sums, p->most, p->layer, p->product)) return 1;
     ROWS(p) for (i64 gate = 0; gate < (p->is_lstm ? 4 : 2); gate++) {
         const i64 from = row * all * n + gate * n;
         sum_line(p->sums + from, p->x + from, p->gates + SLOTS[gate] * p->apart + row * p->pitch, n);
@@ -82,5 +82,5 @@ EXPORT int eagerq_recur_end(Recurrence *p) {
     p->x += p->forward * n * (p->is_lstm ? 4 : 3);
     p->y += p->forward * n;
     if (--p->left == 0) return 0;
-    return p->layer ? eagerq_recur_gates(p) : 0;
+    return eagerq_recur_gates(p);
 }

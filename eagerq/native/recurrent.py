@@ -59,17 +59,13 @@ def _go(
     steps: int,
     first: Sequence[Callable[[], object]],
     tangent: Callable[[], object],
-    product: Callable[[], object] | None,
 ) -> bool:
     """Steps of as many rows; False where a hidden state is not finite."""
     address = ctypes.addressof(plan)
     gates, middle, end = LIBRARY.eagerq_recur_gates, LIBRARY.eagerq_recur_middle, LIBRARY.eagerq_recur_end
-    if product is None and gates(address):
+    if gates(address):
         return False
     for _ in range(steps):
-        if product is not None:
-            product()
-            gates(address)
         for bend in first:
             bend()
         middle(address)
@@ -83,7 +79,7 @@ def recur(
     x: Tensor,
     sizes: Sequence[int],
     start: Sequence[Tensor],
-    weight: PackedConv | Callable[..., Tensor],
+    weight: PackedConv,
     quant_max: int,
     reverse: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
@@ -93,8 +89,8 @@ def recur(
         x: float32 ``[rows of all steps, gates·hidden]``, dense: the input's part.
         sizes: how many rows each step has.
         start: float32 ``[the most rows of a step, hidden]`` each.
-        weight: the recurrent one, or the product of rows with it, put in ``out``.
-        quant_max: of the rows' integers, for a packed weight.
+        weight: the recurrent one.
+        quant_max: of the rows' integers.
 
     Returns:
         None where a hidden state is not finite, so that it has no integers, and for who records each step.
@@ -104,13 +100,12 @@ def recur(
     (batch, hidden), width = start[0].shape, x.shape[1]
     state = tuple(part.clone(memory_format=torch.contiguous_format) for part in start)
     h, c = state[0], state[1] if len(state) == 2 else None
-    packed, product = (weight, None) if isinstance(weight, PackedConv) else (None, weight)
     pitch = hidden + _LANES + -hidden % _LANES
     y, sums, bent = (x.new_empty(shape) for shape in ((len(x), hidden), (batch, width), (batch, hidden)))
     gates = x.new_empty(2 if c is None else 4, batch, pitch)
     integers = x.new_empty(batch, hidden, dtype=torch.uint8)
     plan = _Recurrence(
-        layer=packed.address if packed else None,
+        layer=weight.address,
         **{"h": h.data_ptr(), "c": None if c is None else c.data_ptr(), "sums": sums.data_ptr()},
         **{"gates": gates.data_ptr(), "bent": bent.data_ptr(), "bytes": integers.data_ptr()},
         **{"hidden": hidden, "pitch": pitch, "apart": batch * pitch, "is_lstm": c is not None, "most": quant_max},
@@ -121,7 +116,6 @@ def recur(
         plan.forward = -rows if reverse else rows
         plan.x, plan.y = x.data_ptr() + 4 * at * width, y.data_ptr() + 4 * at * hidden
         first, tangent = _bends(gates[:, :rows, :hidden], bent[:rows], None if c is None else c[:rows])
-        outer = None if product is None else partial(product, h[:rows], out=sums[:rows])
-        if not _go(plan, steps, first, tangent, outer):
+        if not _go(plan, steps, first, tangent):
             return None
     return y, state

@@ -153,7 +153,7 @@ class StateCheck:
         modules: _Upgrading = []
         own: dict[str, Any] = {}
         if not _look(module, prefix, modules, own):
-            own = module.state_dict(prefix=prefix, keep_vars=True)
+            own = module.state_dict(prefix=prefix, keep_vars=True) if prefix else module.state_dict()
         self.upgrade(modules, state_dict, prefix, _running("metadata", None) or {})
         strict = _running("strict", strict)
         found = self.problems(modules, own, state_dict, prefix, strict)

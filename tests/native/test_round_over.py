@@ -310,6 +310,22 @@ def test_a_float_model_adds_as_torch_does() -> None:
     assert type(plus.add(torch.ones(3, requires_grad=True), torch.ones(3)).grad_fn).__name__ == "AddBackward0"
 
 
+@pytest.mark.parametrize("height", [4, 8])
+def test_an_image_without_its_batch_is_refused_as_by_torch(height: int) -> None:
+    layer = ConvBnReLU2d(3, 4, 3, padding=1, qconfig=eagerq.get_default_qat_qconfig("onednn"))
+    before = layer.bn.running_mean.clone()
+    with pytest.raises((ValueError, RuntimeError)):
+        layer(torch.randn(3, height, 8))
+    assert torch.equal(layer.bn.running_mean, before)
+
+
+def test_a_sum_that_is_not_rounded_is_torch_s() -> None:
+    plus = prepared().plus
+    plus.apply(eagerq.disable_fake_quant)
+    out = plus.add(torch.ones(3, requires_grad=True), torch.ones(3))
+    assert type(out.grad_fn).__name__ == "AddBackward0"
+
+
 def test_forward_itself_does_not_round() -> None:
     layer = prepared().body[0]
     assert isinstance(layer.activation_post_process, FakeQuantize)

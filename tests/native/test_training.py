@@ -170,6 +170,7 @@ def test_declines_what_it_does_not_serve() -> None:
     norm, ones = Norm(torch.zeros(3), torch.ones(3), 1e-3, 0.1), torch.ones(3)
     for y in (torch.rand(2, 3), torch.rand(2, 3, 4).double(), torch.rand(2, 3, 8)[..., ::2], torch.rand(0, 3, 4)):
         assert batch_norm_of_scaled(y, ones, ones, ones, norm) is None
+    assert batch_norm_of_scaled(torch.rand(3, 5, 8), ones, ones, ones, norm) is None  # of another number of channels
     assert norm.running_mean.tolist() == [0, 0, 0]
     assert relu_(torch.ones(3, requires_grad=True)) is None
     assert relu_(torch.ones(4)[1:]) is None

@@ -319,6 +319,24 @@ def test_a_subclass_may_override_load_state_dict(make: Make) -> None:
     assert model.state_dict()["inner.module.4.bias"].tolist() == [1.0] * 5
 
 
+@both
+def test_a_subclass_may_override_state_dict(make: Make) -> None:
+    class Own(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.inner = make(seed=seed)
+
+        def state_dict(self) -> Any:  # type: ignore[override]
+            return super().state_dict()
+
+    model, other = Own(2), Own(3)
+    wrong = {name: value for name, value in other.state_dict().items() if not name.endswith("4.bias")}
+    with pytest.raises(CheckpointError, match=r"it lacks inner\.module\.4\.bias"):
+        model.load_state_dict(wrong)
+    model.load_state_dict(other.state_dict())
+    assert same_state(state(model.inner), state(other.inner))
+
+
 def test_no_dict_at_all() -> None:
     with pytest.raises(TypeError, match="dict-like"):
         converted().load_state_dict([1, 2])

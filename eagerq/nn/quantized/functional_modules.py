@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eagerq import kernels
 from eagerq.errors import InvalidConfigError
-from eagerq.fake_quantize import is_ordinary, rounded_over
+from eagerq.fake_quantize import is_rounding, rounded_over
 from eagerq.functional import sum_in_c
 from eagerq.nn.quantized.base import Output, RequantizingModule, expect_quantized
 from eagerq.qtensor import QTensor
@@ -46,11 +46,8 @@ class FloatFunctional(_Operations):
 
     def _sum(self, x: Tensor, y: Tensor, relu: bool) -> Tensor:
         total = None
-        if (
-            is_ordinary(self._modules.get("activation_post_process"))
-            and isinstance(x, Tensor)
-            and isinstance(y, Tensor)
-        ):
+        observer = self._modules.get("activation_post_process")
+        if is_rounding(observer) and isinstance(x, Tensor) and isinstance(y, Tensor):
             total = sum_in_c(x, y, relu)
         if total is None:
             total = F.relu(torch.add(x, y)) if relu else torch.add(x, y)
