@@ -165,8 +165,16 @@ def _farthest(dtype: torch.dtype, zero_point: int) -> int:
     return max(zero_point - info.min, info.max - zero_point)
 
 
+# asked once: not every compiler of torch can trace the question
+_CASTING = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", "privateuseone")
+    if torch.amp.is_autocast_available(kind)
+)
+
+
 def _autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _CASTING and torch.is_autocast_enabled(device_type)
 
 
 @door
