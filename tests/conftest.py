@@ -26,6 +26,9 @@ AO_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"TypedStorage is deprecated", UserWarning),
 )
 
+# What Dynamo causes: it makes one to trace an autograd function.
+DYNAMO_WARNINGS: tuple[tuple[str, type[Warning]], ...] = ((".*should not be instantiated", DeprecationWarning),)
+
 
 @dataclass(frozen=True)
 class Oracle:
@@ -105,14 +108,23 @@ torch.set_num_threads(2)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "ao" in getattr(item, "fixturenames", ()):
-            for message, category in AO_WARNINGS:
-                item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}:{category.__name__}"))
+        wanted = getattr(item, "fixturenames", ())
+        expected = [*(AO_WARNINGS if "ao" in wanted else ()), *(DYNAMO_WARNINGS if "fresh_compiler" in wanted else ())]
+        for message, category in expected:
+            item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}:{category.__name__}"))
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """A compiler that remembers nothing, neither before the test nor after it."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 def _devices() -> list[str]:

@@ -181,9 +181,9 @@ def test_looks(frozen: Frozen, plain: dict[str, Tensor], look: str) -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_before_and_after(frozen: Frozen, plain: dict[str, Tensor], whole: bool) -> None:
     """What was compiled for the plain weights finds them again; and so does a frozen model under the compiler."""
-    torch.compiler.reset()
     compiled = torch.compile(frozen if whole else frozen.model, backend="aot_eager", fullgraph=True)
     wanted = compiled(images())
     for _ in range(2):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from eagerq import QTensor, quantize_per_channel, quantize_per_tensor
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 
 def quantized(x: Tensor) -> QTensor:
     return quantize_per_tensor(x, 0.05, 120, torch.uint8)
@@ -100,11 +102,6 @@ def assert_same(got: Any, expected: Any) -> None:
     else:
         for one, other in zip(got, expected, strict=True):
             assert_same(one, other)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

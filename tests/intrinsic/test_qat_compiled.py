@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,17 +19,9 @@ from intrinsic.layers import (
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-# Dynamo makes one to trace an autograd function.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 CLOSE = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def compiled(module: nn.Module, backend: str = "aot_eager") -> tuple[Any, CompileCounterWithBackend]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,15 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import eagerq
 from eagerq.intrinsic.qat import freeze_bn_stats, update_bn_stats
 
-# Dynamo makes one to trace an autograd function.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compiled(module: nn.Module) -> tuple[Any, CompileCounterWithBackend]:

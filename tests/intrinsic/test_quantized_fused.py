@@ -120,6 +120,7 @@ class AddNet(nn.Module):
 
 @pytest.mark.parametrize("engine", ["onednn", "qnnpack"])
 @adds
+@pytest.mark.usefixtures("fresh_compiler")
 def test_added_nets_convert_like_torchs(ao: Oracle, name: str, engine: str) -> None:
     conv, x = nn.Conv2d(4, 4, 3, padding=1), torch.randn(2, 4, 6, 6)
     models = []
@@ -135,7 +136,6 @@ def test_added_nets_convert_like_torchs(ao: Oracle, name: str, engine: str) -> N
     assert torch.equal(mine(x), theirs(x.clone()))
     mine.load_state_dict(theirs.state_dict())
     assert torch.equal(mine(x), theirs(x.clone()))
-    torch._dynamo.reset()
     assert torch.equal(torch.compile(mine, fullgraph=True, backend="aot_eager")(x), mine(x))
     assert torch.equal(torch.export.export(mine, (x,)).module()(x), mine(x))
 
@@ -183,6 +183,7 @@ def test_linears_are_torchs(ao: Oracle, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["LinearLeakyReLU", "LinearTanh"])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_linear_nets_convert_like_torchs(ao: Oracle, name: str) -> None:
     linear, x = nn.Linear(5, 4), torch.randn(6, 5)
     activation = nn.Tanh() if "Tanh" in name else nn.LeakyReLU(0.3)
@@ -200,7 +201,6 @@ def test_linear_nets_convert_like_torchs(ao: Oracle, name: str) -> None:
     assert torch.equal(mine(x), theirs(x))
     mine.load_state_dict(theirs.state_dict())
     assert torch.equal(mine(x), theirs(x))
-    torch._dynamo.reset()
     assert torch.equal(torch.compile(mine, fullgraph=True, backend="aot_eager")(x), mine(x))
     assert torch.equal(torch.export.export(mine, (x,)).module()(x), mine(x))
 

@@ -85,6 +85,7 @@ def test_signatures_are_checked(other: Callable[..., Tensor]) -> None:
     assert kernel(torch.ones(1), 2.0).tolist() == [2]
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_recorded_when_traced() -> None:
     kernel = door()
 
@@ -100,4 +101,3 @@ def test_recorded_when_traced() -> None:
     assert torch.compile(twice, fullgraph=True, backend=backend)(torch.ones(1)).tolist() == [6]
     called = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert called == [kernel._operator] * 2
-    torch._dynamo.reset()

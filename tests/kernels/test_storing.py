@@ -13,13 +13,10 @@ from training.compiled import Convolution, prepared
 from eagerq import native
 from eagerq.kernels import storing, training_layers, training_norm
 
-# Dynamo makes one to trace an autograd function.
-pytestmark = [
-    pytest.mark.skipif(not native.available, reason="these operators are the C library's"),
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.skipif(not native.available, reason="these operators are the C library's")
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_images_are_stored_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[bool, bool]] = []
 
@@ -35,12 +32,10 @@ def test_images_are_stored_channels_last(monkeypatch: pytest.MonkeyPatch) -> Non
     for module in (training_layers, training_norm):
         monkeypatch.setattr(module, "ready", noting(module.ready))
     model = prepared(Convolution)
-    torch.compiler.reset()
     call = torch.compile(model, fullgraph=True)
     for _ in range(2):
         seen.clear()
         call(torch.randn(4, *Convolution.shape)).sum().backward()
-    torch.compiler.reset()
     assert len(seen) >= 6
     assert set(seen) == {(True, True)}
 

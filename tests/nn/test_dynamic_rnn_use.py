@@ -255,11 +255,11 @@ def test_tables(kind: str) -> None:
 
 @pytest.mark.parametrize("qconfig", ["default_dynamic_qconfig", "float16_dynamic_qconfig"])
 @kinds
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled(kind: str, qconfig: str) -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {} if kind in CELLS else {"bidirectional": True}
     layer = convert(getattr(nn, kind)(6, 8, **options), qconfig)
-    torch._dynamo.reset()
     assert_same(torch.compile(layer, fullgraph=True, backend="aot_eager"), layer, kind)
 
 

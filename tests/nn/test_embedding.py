@@ -124,8 +124,7 @@ def test_from_float_shares_the_weight(name: str) -> None:
     assert torch.equal(module(*some_input(name)), float_module(*some_input(name)))
 
 
-# Dynamo makes an instance of an autograd.Function that it traces, which torch warns against
-@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_training_compiles() -> None:
     eager = nn.ModuleList([make("Embedding"), make("EmbeddingBag", mode="mean", padding_idx=4)])
     compiled = copy.deepcopy(eager)
@@ -136,7 +135,6 @@ def test_training_compiles() -> None:
             total = total + module(*some_input(name)).square().sum()
         return total
 
-    torch._dynamo.reset()
     wanted, got = run(eager), torch.compile(run, fullgraph=True)(compiled)
     wanted.backward()
     got.backward()

@@ -185,10 +185,10 @@ def test_values_beyond_4_bits_are_refused(name: str) -> None:
 
 
 @kinds
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_and_exported(name: str) -> None:
     layer = layer_of(name, drawn_table(12, 5))
     wanted, given_ = layer(*some_input(name)), some_input(name)
-    torch._dynamo.reset()
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(*given_), wanted)
     assert torch.equal(torch.export.export(layer, given_).module()(*given_), wanted)
     assert "uint4" in repr(layer)

@@ -265,11 +265,11 @@ def test_other_files_without_parameters_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_and_exported(name: str, device: torch.device) -> None:
     model = nn.Sequential(quantized.Quantize(0.05, 100, torch.uint8), build(name), quantized.DeQuantize()).to(device)
     x = images().to(device)
     wanted = model(x)
-    torch._dynamo.reset()
     assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), wanted)
     for strict in (True, False):
         assert torch.equal(torch.export.export(model, (x,), strict=strict).module()(x), wanted)

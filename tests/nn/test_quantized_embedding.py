@@ -200,9 +200,9 @@ def assert_all_close(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> Non
         assert relative(one, other) < 1e-6
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiles() -> None:
     model, inputs = Many(), many_inputs()
-    torch._dynamo.reset()
     assert_all_close(torch.compile(model, fullgraph=True)(*inputs), model(*inputs))
 
 

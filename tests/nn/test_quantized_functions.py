@@ -292,6 +292,7 @@ def test_mistakes(case: str) -> None:
     assert isinstance(caught.value, eagerq.EagerqError)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_through_the_compiler_and_export() -> None:
     w = weight(4, 3, 3, 3, per_channel=True)
 
@@ -304,7 +305,6 @@ def test_through_the_compiler_and_export() -> None:
             return qF.hardsigmoid(q).dequantize()
 
     model, x = Functions(), torch.randn(2, 3, 6, 6)
-    torch._dynamo.reset()
     assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
     assert torch.equal(torch.export.export(model, (x,), strict=False).module()(x), model(x))
 

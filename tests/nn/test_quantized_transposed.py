@@ -275,11 +275,11 @@ def test_output_size(dim: int) -> None:
 
 
 @DIMS
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_and_exported(dim: int) -> None:
     net = converted(eagerq, Net(eagerq, float_layer(dim)), eagerq.default_qconfig, dim)
     x = batch(dim, 1)
     wanted_ = net(x)
-    torch._dynamo.reset()
     assert torch.equal(torch.compile(net, fullgraph=True, backend="aot_eager")(x), wanted_)
     for strict in (False, True):
         assert torch.equal(torch.export.export(net, (x,), strict=strict).module()(x), wanted_)

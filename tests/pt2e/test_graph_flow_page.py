@@ -70,10 +70,10 @@ def torchao() -> Iterator[None]:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_with_torchaos_quantizer(torchao: None) -> None:
     with config.patch(freezing=False):  # the page sets it for good
         names = run(block("model"), block("x86"))
-    torch._dynamo.reset()
     assert close(names)
     assert operators(names["int8"]).count("dequantize_per_channel") == 2
 

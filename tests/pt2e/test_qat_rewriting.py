@@ -200,8 +200,8 @@ def test_a_copy_trains_and_converts() -> None:
     assert torch.equal(convert_pt2e(copy.deepcopy(after))(x), convert_pt2e(after)(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does,
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # and of 2.11
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo of 2.11
 def test_compiled_training() -> None:
     """A compiled backward pass may compute again what the batch norm has written over since."""
     model, x = conv_bn(2), inputs(2)

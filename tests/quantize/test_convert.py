@@ -381,9 +381,9 @@ def test_arithmetic_with_numbers_needs_no_data() -> None:
     assert not caught(lambda: int8(torch.randn(4, 4)))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_and_exported_models_do_not_warn() -> None:
     int8 = eagerq.convert(unobserved().eval())
-    torch._dynamo.reset()
     assert not [
         one
         for one in caught(lambda: torch.export.export(int8, (batch(),), strict=False))

@@ -99,16 +99,16 @@ def test_memory_format_does_not_matter(kind: type[Network], layout: str) -> None
 
 
 @each_network
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled(kind: type[Network]) -> None:
-    torch._dynamo.reset()
     model, x = converted(kind), images(kind)
     assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
 
 
 @each_network
 @pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_exported(kind: type[Network], strict: bool) -> None:
-    torch._dynamo.reset()
     model, x = converted(kind), images(kind)
     assert torch.equal(torch.export.export(model, (x,), strict=strict).module()(x), model(x))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +15,7 @@ from training.compiled import Convolution, Perceptron, Residual, compiled, prepa
 import eagerq
 from eagerq.intrinsic.qat import freeze_bn_stats
 
-# Dynamo makes one to trace an autograd function.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def losses(model: Any, call: Callable[[Tensor], Tensor], steps: int = 20) -> list[float]:

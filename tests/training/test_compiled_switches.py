@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,15 +13,7 @@ from training.compiled import Convolution, Perceptron, Residual, compiled, prepa
 import eagerq
 from eagerq.intrinsic.qat import freeze_bn_stats, update_bn_stats
 
-# Dynamo makes one to trace an autograd function.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def switch(model: nn.Module, observer: bool, fake_quant: bool, frozen: bool) -> None:
