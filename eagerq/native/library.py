@@ -160,5 +160,6 @@ def serves(x: Tensor) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not x.is_neg()  # its values lie there with the other sign
         and _dense(x)
     )

@@ -134,6 +134,14 @@ def test_only_plain_dense_tensors() -> None:
     assert native.add(q.int(), 1.0, 0, q.int(), 1.0, 0, *output) is NotImplemented
 
 
+def test_a_view_of_the_other_sign_is_read_as_it_is() -> None:
+    """The imaginary part of a conjugate lies in memory with the sign of the number that it was made of."""
+    x = torch.complex(torch.zeros(1), torch.tensor([0.5])).conj().imag
+    assert x.is_neg()
+    assert x.is_contiguous()
+    assert eagerq.quantize_per_tensor(x, 0.1, 128, torch.uint8).dequantize() == -0.5
+
+
 def test_layout_stays() -> None:
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     output = (0.1, 100, torch.uint8, 0, 255)
