@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_exporting", "is_last", "ready", "stored", "storing"]
+__all__ = ["is_exporting", "is_last", "ready", "room_like", "stored", "storing"]
 
 
 def is_exporting() -> bool:
@@ -25,8 +25,18 @@ def is_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_last(x) else torch.contiguous_format
+
+
 def stored(x: Tensor, like: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last if is_last(like) else torch.contiguous_format)
+    """``x`` as operators give it to the graph: channels_last for an image stored so, otherwise contiguous."""
+    return x.contiguous(memory_format=_format(like))
+
+
+def room_like(x: Tensor) -> Tensor:
+    """What a fake implementation gives for a result that is :func:`stored` like ``x``."""
+    return torch.empty_like(x, memory_format=_format(x))
 
 
 def ready(x: Tensor) -> Tensor:

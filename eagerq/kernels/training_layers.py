@@ -15,7 +15,7 @@ from torch import Tensor
 from eagerq import native
 from eagerq.functional import in_order
 from eagerq.kernels.dispatch import Kernel
-from eagerq.kernels.storing import is_exporting, is_last, ready, stored, storing
+from eagerq.kernels.storing import is_exporting, is_last, ready, room_like, stored, storing
 from eagerq.kernels.training import observed_rows
 from eagerq.native import Rounding, Running
 
@@ -36,52 +36,68 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) 
     return ready(torch.ops.aten.convolution(x, weight, bias, *window, False, [0], groups))
 
 
-def _in_use(factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The factors to round with, and which of them are zero (None if none is)."""
-    if factor is None or factor.all():
-        return factor, None
-    dead = factor == 0
-    return torch.where(dead, 1.0, factor), dead
+class _Settings(NamedTuple):
+    """The numbers that both ways of a convolution take, in the operators' order."""
+
+    quant_min: int
+    quant_max: int
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+    relu: bool
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.stride, self.padding, self.dilation, self.groups)
+
+
+class _Scaled(NamedTuple):
+    """A weight, what its channels are multiplied by, and how the product is rounded."""
+
+    weight: Tensor
+    factor: Tensor | None
+    dead: Tensor | None
+    """Channels of factor zero, None if there is none: rounded as of one, then zero."""
+    to: Rounding
+
+
+def _scaled(weight: Tensor, factor: Tensor | None, scale: Tensor, zero_point: Tensor, settings: _Settings) -> _Scaled:
+    dead = None
+    if factor is not None and not factor.all():
+        dead = factor == 0
+        factor = torch.where(dead, 1.0, factor)
+    to = Rounding(scale, zero_point, settings.quant_min, settings.quant_max, True)
+    return _Scaled(in_order(weight, weight.stride()), factor, dead, to)
 
 
 def _convolved(
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    relu: bool,
-    *observing: Any,
+    x: Tensor, weight: Tensor, factor: Tensor | None, bias: Tensor | None, scale: Tensor, zero_point: Tensor, *rest: Any
 ) -> Any:
-    """Convolve with the rounded ``weight·factor`` (a channel of factor zero: rounded as of one, then zero).
+    """Convolve with the rounded ``weight·factor``.
 
     Returns the result, a bit for each value that a ReLU let pass, and copies of scale and zero point: the next forward
     pass writes over the buffers.
     """
-    to = Rounding(scale, zero_point, quant_min, quant_max, True)
-    if observing:
-        low, high, _, constant, symmetric = observing
+    settings, skipped = _Settings(*rest[:7]), None
+    weight, used, dead, to = _scaled(weight, factor, scale, zero_point, settings)
+    if len(rest) > 7:
+        low, high, skipped, constant, symmetric = rest[7:]
         to = to._replace(running=Running(low, high, constant, symmetric))
-    used, dead = _in_use(factor)
-    rounded = observed_rows(in_order(weight, weight.stride()), used, to, observing[2] if observing else None)
+    rounded = observed_rows(weight, used, to, skipped)
     if dead is not None:
         rounded[dead] = 0
-    y = _convolution(ready(x), rounded, bias, (stride, padding, dilation, groups))
-    above = native.rectify_(y) if relu else y.new_empty(0, dtype=torch.uint8)
+    y = _convolution(ready(x), rounded, bias, settings.geometry)
+    above = native.rectify_(y) if settings.relu else y.new_empty(0, dtype=torch.uint8)
     return stored(y, x), above, scale.clone(), zero_point.clone()
 
 
-def _like_convolved(x: Tensor, weight: Tensor, factor: Any, bias: Any, *rest: Any) -> Any:
-    scale, zero_point, _, _, *geometry, relu = rest[:9]
-    y = stored(_convolution(x, weight, bias, geometry), x)
-    above = x.new_empty((y.numel() + 7) // 8 if relu else 0, dtype=torch.uint8)
+def _like_convolved(
+    x: Tensor, weight: Tensor, factor: Any, bias: Any, scale: Tensor, zero_point: Tensor, *rest: Any
+) -> Any:
+    settings = _Settings(*rest[:7])
+    y = stored(_convolution(x, weight, bias, settings.geometry), x)
+    above = x.new_empty((y.numel() + 7) // 8 if settings.relu else 0, dtype=torch.uint8)
     return y, above, torch.empty_like(scale), torch.empty_like(zero_point)
 
 
@@ -100,24 +116,17 @@ def _convolved_backward(
     factor: Tensor | None,
     scale: Tensor,
     zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    relu: bool,
-    wanted: Any,
+    *rest: Any,
 ) -> Any:
+    settings, wanted = _Settings(*rest[:7]), rest[7]
     grad = ready(grad)
-    grad = native.masked(grad, above) if relu else grad
-    used, dead = _in_use(factor)
-    weight = in_order(weight, weight.stride())
-    to = Rounding(scale, zero_point, quant_min, quant_max, True)
+    grad = native.masked(grad, above) if settings.relu else grad
+    weight, used, dead, to = _scaled(weight, factor, scale, zero_point, settings)
     rounded, inside = _rounded_again(weight, to, used)
     effective = rounded if dead is None else rounded.masked_fill(dead.reshape(-1, *[1] * (weight.dim() - 1)), 0)
-    window = stride, padding, dilation, False, [0] * len(stride), groups
-    found = torch.ops.aten.convolution_backward(grad, ready(x), effective, [len(weight)], *window, wanted)
+    *window, groups = settings.geometry
+    how = *window, False, [0] * len(settings.stride), groups
+    found = torch.ops.aten.convolution_backward(grad, ready(x), effective, [len(weight)], *how, wanted)
     of_x, of_rounded, of_bias = (grad.new_empty(0) if one is None else one for one in found)
     of_x = stored(of_x, x) if wanted[0] else of_x
     if not wanted[1]:
@@ -138,7 +147,7 @@ def _convolved_backward(
 def _like_convolved_backward(grad: Tensor, above: Tensor, x: Tensor, weight: Tensor, factor: Any, *rest: Any) -> Any:
     of_x, of_weight, of_bias = rest[-1]
     return (
-        torch.empty_like(x) if of_x else x.new_empty(0),
+        room_like(x) if of_x else x.new_empty(0),
         torch.empty_like(weight) if of_weight else x.new_empty(0),
         x.new_empty(len(weight) if of_weight and factor is not None else 0),
         x.new_empty(len(weight) if of_bias else 0),

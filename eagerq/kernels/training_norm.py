@@ -10,27 +10,17 @@ from torch import Tensor
 
 from eagerq import native
 from eagerq.kernels.dispatch import Kernel
-from eagerq.kernels.storing import is_exporting, ready, stored, storing
+from eagerq.kernels.storing import is_exporting, ready, room_like, stored, storing
 from eagerq.kernels.training import observe
 from eagerq.native import Norm, Rounding, Running
 
 __all__ = ["Normalized", "batch_norm_in_graph", "round_over_in_graph"]
 
 
-def _normalized(
-    y: Tensor,
-    factor: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    pace: float,
-    relu: bool,
-) -> Any:
-    norm = Norm(running_mean, running_var, eps, pace)
+def _normalized(y: Tensor, factor: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Any:
+    *norm, relu = rest
     work = ready(y)
-    out, batch, passing = native.batch_norm(work, factor, weight, bias, norm, relu, mask=True)
+    out, batch, passing = native.batch_norm(work, factor, weight, bias, Norm(*norm), relu, mask=True)
     bits = native.room_for_bits(y.numel(), _rows(work)).zero_() if passing.bits is None else passing.bits
     return stored(out, y), *batch, bits, torch.frombuffer(passing.ends, dtype=torch.float32)
 
@@ -43,27 +33,18 @@ def _rows(x: Tensor) -> int:
 def _like_normalized(y: Tensor, factor: Tensor, *rest: Any) -> Any:
     rows = _rows(ready(y))
     bits = y.new_empty(rows * ((y.numel() // rows + 7) // 8), dtype=torch.uint8)
-    return torch.empty_like(y), torch.empty_like(factor), torch.empty_like(factor), bits, y.new_empty(2)
+    return room_like(y), torch.empty_like(factor), torch.empty_like(factor), bits, y.new_empty(2)
 
 
-def _normalized_backward(
-    grad: Tensor,
-    y: Tensor,
-    factor: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    bits: Tensor,
-    masked: bool,
-    eps: float,
-) -> Any:
+def _normalized_backward(grad: Tensor, y: Tensor, *rest: Any) -> Any:
+    factor, weight, mean, inverse, bits, masked, eps = rest
     batch, mask = native.Batch(mean, inverse), bits if masked else None
     of_y, *others = native.batch_norm_backward(ready(grad), ready(y), factor, weight, batch, mask, eps)
     return stored(of_y, y), *others
 
 
 def _like_normalized_backward(grad: Tensor, y: Tensor, factor: Tensor, *rest: Any) -> Any:
-    return torch.empty_like(y), *(torch.empty_like(factor) for _ in range(3))
+    return room_like(y), *(torch.empty_like(factor) for _ in range(3))
 
 
 _NORMALIZED = Kernel(
@@ -133,20 +114,11 @@ class _Normalized(torch.autograd.Function):
     """Attaches the gradient to what was computed apart from autograd."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        factor: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        computed: tuple[Tensor, ...],
-        masked: bool,
-        eps: float,
-    ) -> Tensor:
-        out, *batch = computed
-        ctx.numbers = masked, eps
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        y, factor, weight, _, (out, *batch), *ctx.numbers = args
         ctx.save_for_backward(y, factor, weight, *batch)
-        return out.view_as(out)
+        attached: Tensor = out.view_as(out)
+        return attached
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from intrinsic.layers import (
     KINDS,
     Kind,
@@ -16,8 +17,11 @@ from intrinsic.layers import (
     plain_layer,
     run,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+
+import eagerq
+from eagerq.intrinsic.qat import ConvBn3d, ConvBnReLU3d
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -119,6 +123,34 @@ def test_inductor(kind: str) -> None:
     with torch.no_grad():
         assert distance(call(first), eager(first)) <= CLOSE
     assert counter.frame_count == 2
+
+
+class LastSoftplus(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(x).contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_volumes_with_channels_last() -> None:
+    def net() -> Any:
+        torch.manual_seed(1)
+        layers = [
+            ConvBn3d(3, 4, 2, qconfig=eagerq.get_default_qat_qconfig("onednn")),
+            LastSoftplus(),
+            ConvBnReLU3d(4, 3, 2, padding=1, qconfig=eagerq.get_default_qat_qconfig("onednn")),
+        ]
+        return nn.Sequential(*layers)
+
+    module, eager = net(), net()
+    inputs = [torch.randn(2, 3, 4, 5, 3).contiguous(memory_format=torch.channels_last_3d) for _ in range(3)]
+    for each in (module, eager):
+        run(each, inputs[0])  # the weight's channels are known then
+    call, counter = compiled(module, "inductor")
+    for x in inputs[1:]:
+        ours, wanted = run(module, x, call), run(eager, x)
+        assert distance(ours.output, wanted.output) <= CLOSE
+        for name in ("input", "0.weight", "2.weight"):
+            assert distance(ours.gradients[name], wanted.gradients[name]) <= CLOSE
+    assert counter.frame_count == 1
 
 
 def test_a_silenced_channel() -> None:

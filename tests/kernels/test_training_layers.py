@@ -144,6 +144,37 @@ def test_layers_are_sound_operators(shape: tuple[int, ...]) -> None:
         torch.library.opcheck(operators.observe_over.default, (out, bits, ends, relu, *one, *running))
 
 
+def turned(x: Tensor) -> Tensor:
+    """The same values, in memory with the last axis first."""
+    axes = range(x.dim())
+    return x.permute(-1, *axes[:-1]).contiguous().permute(*axes[1:], 0)
+
+
+def last_3d(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize(
+    ("order", "shape"), [(last_3d, (2, 3, 2, 4, 3)), (turned, (2, 3, 2, 4, 3)), (turned, (2, 6, 4, 3))]
+)
+def test_results_lie_as_was_foretold(order: Any, shape: tuple[int, ...]) -> None:
+    window = len(shape) - 2
+    x, weight = order(torch.randn(shape)), torch.randn(4, shape[1], *[2] * window)
+    scale, zero_point = torch.rand(4) / 64 + 1e-3, torch.zeros(4, dtype=torch.int32)
+    settings = *NUMBERS, [1] * window, [1] * window, [1] * window, 1, True
+    values = x, weight, torch.rand(4), torch.randn(4), scale, zero_point, *settings
+    torch.library.opcheck(operators.convolved.default, values)
+    y, above, *_ = operators.convolved(*values)
+    saved = order(y), above, *values[:3], scale, zero_point, *settings
+    torch.library.opcheck(operators.convolved_backward.default, (*saved, [True, True, True]))
+    vectors = [torch.rand(4) + 0.5 for _ in range(5)]
+    arguments = order(y), *vectors, 1e-5, 0.1, True
+    torch.library.opcheck(operators.batch_norm_of_scaled.default, arguments)
+    _, *batch, _ = operators.batch_norm_of_scaled(*arguments)
+    saved = y, order(y), vectors[0], vectors[1], *batch, True, 1e-5
+    torch.library.opcheck(operators.batch_norm_of_scaled_backward.default, saved)
+
+
 @given(
     st.integers(2, 4),  # of two or three values next to no gradient is left
     st.integers(1, 40),
