@@ -44,14 +44,19 @@ typedef struct {
 } Stretch;
 
 /* UNITS of sixteen channels of PIXELS at a time, whose four vectors of results are neighbours in memory. With
- * TAPS, the window is one group of rows by as many columns, nothing far out of range, no zero points. */
-INLINE void span(const int UNITS, const int PIXELS, const int TAPS, const Stretch *part, i64 unit, const Layer *layer,
-                 const Conv *c) {
+ * TAPS, the window is one group of rows by as many columns, nothing far out of range; and without ZEROS, none of
+ * these channels' weights has a zero point. */
+INLINE void span(const int UNITS, const int PIXELS, const int TAPS, const int ZEROS, const Stretch *part, i64 unit,
+                 const Layer *layer, const Conv *c) {
     const i64 first = part->first + unit * 16;
     const i64 taps = TAPS ? TAPS : c->taps_x, groups = TAPS ? 1 : part->groups, each = groups * taps * 64;
     const i64 wide = part->units * 64 * c->step_x, left = least(c->channels - first, UNITS * 16);
-    const __m512i x_zero = _mm512_set1_epi32(-c->x_zero), ones = _mm512_set1_epi8(1);
-    const __m512i area = _mm512_set1_epi32(-c->x_zero * (int32_t)(groups * taps * 4)); /* untapped rows too */
+    const __m512i x_zero = _mm512_set1_epi32(-c->x_zero);
+    /* rows that are seen: untapped ones, too, where they are padding */
+    const i64 seen_rows = TAPS ? c->taps_y : 4 * groups;
+    const int32_t one_each = seen_rows < 4 ? 0x010101 >> (3 - seen_rows) * 8 << part->row * 8 : 0x01010101;
+    const __m512i ones = _mm512_set1_epi32(one_each);
+    const __m512i area = _mm512_set1_epi32(-c->x_zero * (int32_t)(seen_rows * taps));
     const int8_t *weight = layer->weight + first / 16 * each;
     const Rounding shared = rounding(c);
     __m512i shift[4], w[4][3];
@@ -73,12 +78,14 @@ INLINE void span(const int UNITS, const int PIXELS, const int TAPS, const Stretc
             if (j >= UNITS * PIXELS) { steps[j] = _mm512_setzero_si512(); continue; }
             const int u = j % UNITS;
             const u8 *from = columns + ((at + j / UNITS) * c->every_x * part->units + unit + u) * 64;
-            __m512i total = shift[u];
+            __m512i total = shift[u], seen = area;
             if (TAPS) {
-                UNROLL for (int tap = 0; tap < TAPS; tap++)
-                    total = _mm512_dpbusd_epi32(total, _mm512_load_si512(from + tap * wide), w[u][tap]);
+                UNROLL for (int tap = 0; tap < TAPS; tap++) {
+                    const __m512i x = _mm512_load_si512(from + tap * wide);
+                    total = _mm512_dpbusd_epi32(total, x, w[u][tap]);
+                    if (ZEROS) seen = _mm512_dpbusd_epi32(seen, x, ones);
+                }
             } else {
-                __m512i seen = area;
                 for (i64 group = 0; group < groups; group++)
                     for (i64 tap = 0; tap < taps; tap++) {
                         const __m512i x = _mm512_load_si512(from + group * part->apart + tap * wide);
@@ -86,10 +93,10 @@ INLINE void span(const int UNITS, const int PIXELS, const int TAPS, const Stretc
                         total = _mm512_dpbusd_epi32(total, x, four);
                         if (layer->zeros) seen = _mm512_dpbusd_epi32(seen, x, ones);
                     }
-                if (layer->zeros) {
-                    const __m512i zeros = _mm512_loadu_si512(layer->zeros + first + u * 16);
-                    total = _mm512_sub_epi32(total, _mm512_mullo_epi32(zeros, seen));
-                }
+            }
+            if (ZEROS && layer->zeros) {
+                const __m512i zeros = _mm512_loadu_si512(layer->zeros + first + u * 16);
+                total = _mm512_sub_epi32(total, _mm512_mullo_epi32(zeros, seen));
             }
             steps[j] = requantized(!TAPS, total, scale[u], bias[u], &shared);
         }
@@ -97,23 +104,31 @@ INLINE void span(const int UNITS, const int PIXELS, const int TAPS, const Stretc
     }
 }
 
-#define SPAN_OF(NAME, UNITS, PIXELS, TAPS)                                                        \
-    VNNI static void NAME(const Stretch *part, i64 unit, const Layer *layer, const Conv *c) {     \
-        span(UNITS, PIXELS, TAPS, part, unit, layer, c);                                          \
+#define SPAN_OF(NAME, UNITS, PIXELS, TAPS, ZEROS)                                             \
+    VNNI static void NAME(const Stretch *part, i64 unit, const Layer *layer, const Conv *c) { \
+        span(UNITS, PIXELS, TAPS, ZEROS, part, unit, layer, c);                               \
     }
-SPAN_OF(any_1, 1, 1, 0)
-SPAN_OF(any_2, 2, 1, 0)
-SPAN_OF(any_3, 3, 1, 0)
-SPAN_OF(any_4, 4, 1, 0)
-SPAN_OF(three_1, 1, 1, 3)
-SPAN_OF(three_2, 2, 1, 3)
-SPAN_OF(three_3, 3, 1, 3)
-SPAN_OF(three_4, 4, 1, 3)
-SPAN_OF(two_of_two, 2, 2, 3)
-SPAN_OF(four_of_one, 1, 4, 3)
+SPAN_OF(any_1, 1, 1, 0, 1)
+SPAN_OF(any_2, 2, 1, 0, 1)
+SPAN_OF(any_3, 3, 1, 0, 1)
+SPAN_OF(any_4, 4, 1, 0, 1)
+SPAN_OF(three_1, 1, 1, 3, 0)
+SPAN_OF(three_2, 2, 1, 3, 0)
+SPAN_OF(three_3, 3, 1, 3, 0)
+SPAN_OF(three_4, 4, 1, 3, 0)
+SPAN_OF(two_of_two, 2, 2, 3, 0)
+SPAN_OF(four_of_one, 1, 4, 3, 0)
+SPAN_OF(uneven, 1, 1, 3, 1)
 
 typedef void (*Span)(const Stretch *, i64, const Layer *, const Conv *);
 static const Span SPANS[2][5] = {{0, any_1, any_2, any_3, any_4}, {0, three_1, three_2, three_3, three_4}};
+
+/* Whether one of sixteen channels' weights has a zero point. */
+VNNI static int is_uneven(const Layer *layer, i64 first) {
+    if (!layer->zeros) return 0;
+    const __m512i zeros = _mm512_loadu_si512(layer->zeros + first);
+    return _mm512_test_epi32_mask(zeros, zeros) != 0;
+}
 
 /* Columns of the input, as many as `part` needs from the one numbered `left` on, of the rows of one output row. */
 VNNI static void lay_out(const u8 *image, i64 top, i64 left, i64 wide, i64 bytes, u8 *scratch, const Stretch *part,
@@ -160,6 +175,8 @@ static void depthwise_rows(const u8 *image, u8 *out, i64 row, i64 rows, i64 firs
                 const i64 unit = block * units / blocks, next = (block + 1) * units / blocks;
                 SPANS[simple][next - unit](&part, unit, layer, c);
             }
+            for (i64 unit = 0; simple && unit < units; unit++) /* seldom: then what is there is overwritten */
+                if (is_uneven(layer, first + unit * 16)) uneven(&part, unit, layer, c);
         }
     }
 }
@@ -170,7 +187,7 @@ EXPORT void eagerq_depthwise(const u8 *x, u8 *out, const Layer *layer, const Con
     const i64 column = groups * ((least(each, c->channels) + 15) / 16) * 64, around = (c->taps_x - 1) * c->step_x + 1;
     const i64 room = (ROOM / column - around) / c->every_x, most = room < 4 ? 4 : room;
     const int near = is_bounded(c->taps_y * c->taps_x, c->outputs, layer, c);
-    const int simple = near && c->taps_x == 3 && groups == 1 && !layer->zeros;
+    const int simple = near && c->taps_x == 3 && groups == 1;
     /* two rows of the output at a time where four of the input hold all that they need */
     const i64 rows = simple && c->taps_y < 4 && c->every_y * c->step_y == 1 ? 2 : 1;
     const i64 lines = (c->rows + rows - 1) / rows, size = c->height * c->width * c->channels;

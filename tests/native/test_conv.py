@@ -173,6 +173,28 @@ def test_depthwise_columns(channels: int, columns: int) -> None:
     assert torch.equal(native_conv.conv(*call.values()), reference.conv(*call.values()))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("taps", range(1, 6))
+@pytest.mark.parametrize("channels", [16, 32, 48, 80, 144])
+def test_depthwise_zero_points_of_a_few(channels: int, taps: int, stride: int) -> None:
+    """Channels with zero points are computed in another way than those beside them, on shared rows, too."""
+    generator = torch.Generator().manual_seed(channels)
+    points = torch.zeros(channels, dtype=torch.int32)
+    points[[3, channels // 2, channels - 1]] = torch.tensor([-128, 127, 5], dtype=torch.int32)
+    call = simple_call(
+        x=reference.channels_last(integers((2, channels, 9, 10), torch.int8, generator)),
+        x_zero_point=-7,
+        weight=integers((channels, 1, taps, 3), torch.int8, generator),
+        weight_scale=torch.rand(channels, generator=generator) / 64,
+        bias=torch.randn(channels, generator=generator),
+        stride=[stride, stride],
+        groups=channels,
+    )
+    for weight_zero_point in (points, points * 0):
+        call = {**call, "weight_zero_point": weight_zero_point}
+        assert torch.equal(native_conv.conv(*call.values()), reference.conv(*call.values()))
+
+
 @pytest.mark.parametrize("name", ["weight", "weight_scale", "weight_zero_point", "bias"])
 def test_parameters_changed_in_place(name: str) -> None:
     call = simple_call()
