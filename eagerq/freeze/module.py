@@ -33,7 +33,7 @@ class _Guard:
         # what dict itself tells: a look at the buffers' own methods would bring back weights given up
         tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._buffers, m._modules)]
         self._tables = [table for table in tables if dict.__len__(table)]
-        self._owners = [m for m in modules if "output" in m.__dict__]
+        self._owners = [m for m in modules if "_output" in m.__dict__]
         hooks = [*_GLOBAL_HOOKS, *(h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks))]
         self._warned = [h for h in hooks if len(h) == 1 and isinstance(next(iter(h.values())), RunWarnings)]
         self._hooks = [h for h in hooks if not any(h is one for one in self._warned)]
@@ -45,7 +45,7 @@ class _Guard:
         return (
             list(map(id, chain.from_iterable(map(dict.values, self._tables)))),
             list(map(attrgetter("_version"), self._tensors)),
-            list(map(attrgetter("output"), self._owners)),
+            list(map(attrgetter("_output"), self._owners)),
         )
 
     def holds(self) -> bool:

@@ -173,10 +173,25 @@ class RequantizingModule(QuantizedModule):
     _optional_state: ClassVar[tuple[str, ...]] = ("quant_range",)
     _FLOAT_MODULE: ClassVar[Any]
     post_op: ClassVar[str | None] = None
+    _output: Output
+    _scale_text: str
 
     def __init__(self, output: Output | None = None) -> None:
         super().__init__()
         self.output = output or Output()
+
+    @property
+    def output(self) -> Output:
+        """How the result is quantized."""
+        output = self._output
+        if torch.compiler.is_compiling():
+            # Dynamo would make a symbol of a float that is another in the next model, and no tensor could carry that
+            return Output(float(self._scale_text), output.zero_point, output.dtype, output.low, output.high)
+        return output
+
+    @output.setter
+    def output(self, value: Output) -> None:
+        self._output, self._scale_text = value, repr(value.scale)
 
     @property
     def scale(self) -> float:
