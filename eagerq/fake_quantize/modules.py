@@ -163,14 +163,14 @@ class FakeQuantize(FakeQuantizeBase):
         return x
 
     def _in_one_go(self, x: Tensor, factor: Tensor | None, own: bool) -> Tensor | None:
-        to = self.rounding()
+        if torch.compiler.is_compiling():
+            to = self.rounding()
+            if to is None or (factor is not None and not to.rows):
+                return None
+            return rounded_in_graph(x, to, factor, self.nonfinite_batches)
+        to = self.rounding_of(x)
         if to is None or (factor is not None and not to.rows):
             return None
-        if torch.compiler.is_compiling():
-            return rounded_in_graph(x, to, factor, self.nonfinite_batches)
-        if to.running and to.rows and not to.running.low.numel():
-            running = self._make_room(x.shape[0]) if x.numel() else None
-            to = to._replace(scale=self.scale, zero_point=self.zero_point, running=running)
         rounded = round_over(x, to) if own else None
         return round_in_c(x, to, factor) if rounded is None else rounded
 
@@ -181,6 +181,15 @@ class FakeQuantize(FakeQuantizeBase):
         if other or not self._fake_quant_on or (self._observer_on and running is None):
             return None
         return Rounding(self.scale, self.zero_point, self.quant_min, self.quant_max, self.is_per_channel, running)
+
+    def rounding_of(self, x: Tensor) -> Rounding | None:
+        """As :meth:`rounding`, eagerly, with the switches as they are now, and room for the ranges of ``x``'s rows."""
+        self._read_switches()
+        to = self.rounding()
+        if to is not None and to.running and to.rows and not to.running.low.numel():
+            running = self._make_room(x.shape[0]) if x.numel() else None
+            to = to._replace(scale=self.scale, zero_point=self.zero_point, running=running)
+        return to
 
     @property
     def nonfinite_batches(self) -> Tensor | None:

@@ -7,6 +7,7 @@ per-channel ones ``[channels]``.
 
 from eagerq.functional.folding import fold_transposed
 from eagerq.functional.in_c import Rounding, Running, in_order, relu_, round_in_c, round_over, sum_in_c
+from eagerq.functional.layer import Convolving, conv_bn_in_c
 from eagerq.functional.normalizing import Norm, batch_norm_of_scaled
 from eagerq.functional.qparams import (
     affine_qparams,
@@ -37,8 +38,10 @@ __all__ = [
     "batch_norm_of_scaled",
     "fold_transposed",
     # several steps at once, in C
+    "Convolving",
     "Rounding",
     "Running",
+    "conv_bn_in_c",
     "in_order",
     "rebuilt",
     "relu_",

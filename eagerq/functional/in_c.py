@@ -15,7 +15,17 @@ from eagerq.functional.qparams import channel_shape
 from eagerq.functional.rebuilding import Recipe
 from eagerq.native import Passing, Rounding, Running
 
-__all__ = ["Rounding", "Running", "bit_flags", "in_order", "relu_", "round_in_c", "round_over", "sum_in_c"]
+__all__ = [
+    "Rounding",
+    "Running",
+    "bit_flags",
+    "in_order",
+    "relu_",
+    "round_in_c",
+    "round_over",
+    "serves_rounding",
+    "sum_in_c",
+]
 
 
 def in_order(grad: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -73,7 +83,7 @@ def round_in_c(x: Tensor, to: Rounding, factor: Tensor | None = None) -> Tensor 
         Tensor like ``x``; None, with nothing changed, where C does not serve: other dtypes, devices, layouts or
         numbers of parameters, code that is being compiled, values that are not finite.
     """
-    if not _serves(x, to, factor):
+    if not serves_rounding(x, to, factor):
         return None
     graded = torch.is_grad_enabled() and (x.requires_grad or (factor is not None and factor.requires_grad))
     rounded: Tensor | None = _Rounded.apply(x, factor, to, graded)
@@ -89,12 +99,13 @@ def round_over(x: Tensor, to: Rounding) -> Tensor | None:
         ``x`` itself; None, with nothing changed, where that cannot be.
     """
     passing: Passing | None = getattr(x.grad_fn, "passing", None)
-    if passing is None or to.rows or not torch.is_grad_enabled() or not _serves(x, to, None):
+    if passing is None or to.rows or not torch.is_grad_enabled() or not serves_rounding(x, to, None):
         return None
     return x if native.round_over(x, to, passing) else None
 
 
-def _serves(x: Tensor, to: Rounding, factor: Tensor | None) -> bool:
+def serves_rounding(x: Tensor, to: Rounding, factor: Tensor | None) -> bool:
+    """Whether C rounds ``x``, or ``x·factor``, to these."""
     if not (x.dtype is torch.float32 and x.numel() and native.serves(x)) or (to.rows and not x.dim()):
         return False
     count = len(x) if to.rows else 1

@@ -13,7 +13,7 @@ from eagerq.functional.in_c import bit_flags, in_order
 from eagerq.functional.qparams import channel_shape
 from eagerq.native import Norm
 
-__all__ = ["Norm", "batch_norm_of_scaled"]
+__all__ = ["Norm", "apart", "batch_norm_of_scaled", "normalized_again"]
 
 
 class _BatchNormOfScaled(torch.autograd.Function):
@@ -43,14 +43,32 @@ class _BatchNormOfScaled(torch.autograd.Function):
             grad = in_order(grads[0], y.stride())
             gradients = native.batch_norm_backward(*(grad, y, factor, weight, native.Batch(*batch), bits, ctx.eps))
             return *gradients, None, None, None
-        # to be differentiated again
-        grad = grads[0] if bits is None else grads[0] * bit_flags(bits, y, ctx.passing.rows)
-        inputs, wanted = (y, factor, weight, bias), ctx.needs_input_grad
-        quotient = y / factor.reshape(channel_shape(y.dim(), 1))
-        out = F.batch_norm(quotient, None, None, weight, bias, True, 0.0, ctx.eps)
-        needed = [one for one, needs in zip(inputs, wanted, strict=False) if needs]
-        found = iter(torch.autograd.grad(out, needed, grad, create_graph=True))
-        return *(next(found) if needs else None for needs in wanted[:4]), None, None, None
+        inputs = apart(y, factor, weight, bias)
+        return *normalized_again(ctx, grads[0], inputs, inputs), None, None, None
+
+
+def apart(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Views, none of which comes of another, as one tensor may come of another that both are inputs of a function."""
+    return tuple(one.view_as(one) for one in inputs)
+
+
+def normalized_again(
+    ctx: Any, grad: Tensor, made_of: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients for ``inputs``, where wanted, that can be differentiated; ``made_of`` is what C normalised.
+
+    Args:
+        inputs: set :func:`apart`.
+    """
+    y, factor, weight, bias = made_of
+    if ctx.passing.bits is not None:
+        grad = grad * bit_flags(ctx.passing.bits, y, ctx.passing.rows)
+    wanted = ctx.needs_input_grad[: len(inputs)]
+    quotient = y / factor.reshape(channel_shape(y.dim(), 1))
+    out = F.batch_norm(quotient, None, None, weight, bias, True, 0.0, ctx.eps)
+    needed = [one for one, needs in zip(inputs, wanted, strict=True) if needs]
+    found = iter(torch.autograd.grad(out, needed, grad, create_graph=True))
+    return tuple(next(found) if needs else None for needs in wanted)
 
 
 def batch_norm_of_scaled(

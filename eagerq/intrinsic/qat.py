@@ -16,6 +16,7 @@ from eagerq.fake_quantize import is_plain, rounded_scaled
 from eagerq.functional import Norm, batch_norm_of_scaled, channel_shape
 from eagerq.intrinsic import fused
 from eagerq.intrinsic.in_graph import layer_in_graph
+from eagerq.intrinsic.in_one import layer_in_one
 from eagerq.kernels.dispatch import Kernel
 from eagerq.nn.qat import Conv1d, Conv2d, Conv3d, Linear
 from eagerq.nn.qat.base import QATMixin
@@ -121,6 +122,8 @@ class BatchNormMixin(QATMixin):
         return factor
 
     def forward(self, x: Tensor) -> Tensor:
+        if (out := layer_in_one(self, x)) is not None:
+            return out
         folded = self._fold_factor()
         if torch.compiler.is_compiling() and (out := layer_in_graph(self, x, folded)) is not None:
             return out

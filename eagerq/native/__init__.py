@@ -4,7 +4,7 @@ from eagerq.native.conv import PackedConv, conv, conv_ready, linear, linear_dyna
 from eagerq.native.embedding import embedding, embedding_bag
 from eagerq.native.layers import layer_norm, look_up, quantize_dynamic
 from eagerq.native.library import available, serves
-from eagerq.native.normalizing import Batch, Norm, batch_norm, batch_norm_backward, norms
+from eagerq.native.normalizing import Batch, Norm, batch_norm, batch_norm_backward, fold, fold_backward_, norms
 from eagerq.native.pointwise import add, dequantize, max_pool, quantize, spatial_mean
 from eagerq.native.program import Step, runner, step
 from eagerq.native.recording import Bound, recording
@@ -59,6 +59,8 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "fake_quantize",
+    "fold",
+    "fold_backward_",
     "masked",
     "masked_rows",
     "masked_rows_",

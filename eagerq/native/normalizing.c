@@ -71,6 +71,23 @@ CLONES static void normalize(float *x, u8 *restrict mask, int relu, i64 n, Line 
     }
 }
 
+/* What folding multiplies each channel by, weight / spread, and one in place of zero. */
+EXPORT void eagerq_fold(const float *weight, const float *spread, float *factor, i64 n) {
+    for (i64 c = 0; c < n; c++) {
+        const float folded = weight[c] / spread[c];
+        factor[c] = folded == 0 ? 1.0f : folded;
+    }
+}
+
+/* Add to a batch norm's weight's gradient what comes through the factor, in two parts. */
+EXPORT void eagerq_fold_backward(const float *weight, const float *spread, const float *one, const float *other, i64 n,
+                                 float *of_weight) {
+    for (i64 c = 0; c < n; c++) {
+        const float of_factor = weight[c] / spread[c] == 0 ? 0.0f : one[c] + other[c];
+        of_weight[c] += of_factor / spread[c];
+    }
+}
+
 /* A row of the mask for each plane; it starts on a byte. A mask goes with a ReLU. */
 EXPORT void eagerq_batch_norm(const float *y, float *out, u8 *mask, int relu, const Norm *s) {
     const i64 bytes = (s->plane + 7) / 8;

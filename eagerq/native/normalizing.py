@@ -11,7 +11,7 @@ from torch import Tensor
 from eagerq.native.library import LIBRARY, address, serves
 from eagerq.native.training import Passing, room_for_bits
 
-__all__ = ["Batch", "Norm", "batch_norm", "batch_norm_backward", "norms"]
+__all__ = ["Batch", "Norm", "batch_norm", "batch_norm_backward", "fold", "fold_backward_", "norms"]
 
 
 class _Norm(ctypes.Structure):
@@ -100,3 +100,16 @@ def batch_norm_backward(
     )
     _expect(served)
     return gradients  # type: ignore[return-value]
+
+
+def fold(weight: Tensor, spread: Tensor) -> Tensor:
+    """What folding a batch norm multiplies each channel by: ``weight / spread``, one in place of zero."""
+    factor = torch.empty_like(weight)
+    LIBRARY.eagerq_fold(weight.data_ptr(), spread.data_ptr(), factor.data_ptr(), weight.numel())
+    return factor
+
+
+def fold_backward_(of_weight: Tensor, weight: Tensor, spread: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add to the gradient of ``weight`` that of the factor, which is ``one + other``."""
+    vectors = weight.data_ptr(), spread.data_ptr(), one.data_ptr(), other.data_ptr()
+    LIBRARY.eagerq_fold_backward(*vectors, weight.numel(), of_weight.data_ptr())

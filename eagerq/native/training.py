@@ -165,10 +165,14 @@ def masked(grad: Tensor, inside: Tensor) -> Tensor:
 
 
 def masked_rows(
-    grad: Tensor, inside: Tensor, x: Tensor | None, factor: Tensor | None, rows: int
+    grad: Tensor, inside: Tensor, x: Tensor | None, factor: Tensor | None, rows: int, over: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the rounded ``x·factor`` for ``x`` and ``factor``; all float32, dense, of one layout."""
-    return _masked_rows(grad, inside, x, factor, rows, torch.empty_like(grad), 1)
+    """Gradients of the rounded ``x·factor`` for ``x`` and ``factor``; all float32, dense, of one layout.
+
+    Args:
+        over: the memory of ``grad`` takes that for ``x``.
+    """
+    return _masked_rows(grad, inside, x, factor, rows, grad if over else torch.empty_like(grad), 1)
 
 
 def masked_rows_(grad: Tensor, inside: Tensor, weight: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:

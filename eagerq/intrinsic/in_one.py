@@ -1,0 +1,50 @@
+"""QAT layers with a batch norm in eager training: all of a layer's steps as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagerq import native
+from eagerq.fake_quantize import is_ordinary
+from eagerq.functional import Convolving, Norm, conv_bn_in_c
+
+__all__ = ["layer_in_one"]
+
+
+def layer_in_one(layer: Any, x: Tensor) -> Tensor | None:
+    """The layer's forward pass in training, the same numbers in fewer steps; None, with nothing changed, where it
+    is any other than everything being as these classes have it.
+
+    Args:
+        layer: a :class:`~eagerq.intrinsic.qat.BatchNormMixin`.
+    """
+    bn, rounding = layer.bn, layer.weight_fake_quant
+    if torch.compiler.is_compiling() or not native.available or not (bn.training and _is_as_built(layer)):
+        return None
+    if layer.bias is not None or bn.momentum is None or torch.is_autocast_enabled("cpu"):
+        return None
+    if not is_ordinary(rounding) or not layer._bn_is_plain(layer.weight):
+        return None
+    to = rounding.rounding_of(layer.weight)
+    if to is None:
+        return None
+    convolving = Convolving(layer.stride, layer.padding, layer.dilation, layer.groups)
+    norm = Norm(bn.running_mean, bn.running_var, bn.eps, bn.momentum)
+    out = conv_bn_in_c(x, layer.weight, bn.weight, bn.bias, to, convolving, norm, layer.post_op == "relu")
+    if out is not None:
+        with torch.no_grad():
+            bn.num_batches_tracked.add_(1)
+    return out
+
+
+def _is_as_built(layer: Any) -> bool:
+    """Whether it is a convolution of a class of ours, none of whose steps somebody has replaced."""
+    return (
+        type(layer).__module__ == "eagerq.intrinsic.qat"
+        and getattr(layer, "padding_mode", None) == "zeros"
+        and not isinstance(layer.padding, str)
+        and "_conv_forward" not in layer.__dict__
+    )
