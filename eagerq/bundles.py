@@ -1,96 +1,98 @@
-"""All entries of a module as one, so that loading a model looks at each of them once."""
+"""All entries of a module as one, or of a whole model at once, so that loading looks at each of them once."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, MutableMapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["Unit", "bundle", "is_ours", "unbundle"]
+__all__ = ["Taken", "Unit", "bundle", "is_ours", "loader", "unbundle"]
+
+
+class Taken(str):
+    """Stands in a load's list of missing keys while modules are asked for entries that they have taken already.
+
+    nn.Module hands the one list to every module, and to the hooks that hear of a module's end.
+
+    Args:
+        prefix: what the entries begin with.
+        before: the list as it was.
+    """
+
+    __slots__ = ("before",)
+
+    before: list[str]
+
+    def __new__(cls, prefix: str, before: list[str]) -> Taken:
+        self = super().__new__(cls, prefix)
+        self.before = before[:]
+        return self
+
+    @staticmethod
+    def among(missing_keys: list[str]) -> Taken | None:
+        """The one that stands in a list, or None."""
+        first = missing_keys[0] if missing_keys else None
+        return first if isinstance(first, Taken) else None
 
 
 class Unit(nn.Module):
     """Base of the modules that may be handed all their entries, and those of the modules in them, as one.
 
     nn.Module seeks the entries of each child among all those of its parent, which takes a model of a thousand
-    layers a million looks at each of a layer's entries.  Where they come as one, it is one look; and whoever
-    makes one of them has checked them, so that they only have to be copied.
+    layers a million looks at each of a layer's entries.  Where they come as one, it is one look; where they
+    have been taken at once, it is none.
     """
 
     def _load_from_state_dict(
-        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+        self,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
     ) -> None:
-        own = self._open(state_dict, prefix)
-        self._before_loading(state_dict, prefix, local_metadata, own is not None)
-        if own is None or not self._copied(own, state_dict, prefix, local_metadata):
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if Taken.among(missing_keys) is None:
+            self._before_loading(state_dict, prefix, local_metadata, self._open(state_dict, prefix))
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
 
     def _before_loading(
         self, state: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], checked: bool
     ) -> None:
         """Make the module and its entries ready for each other, in place."""
 
-    def _open(self, state: MutableMapping[str, Any], prefix: str) -> list[str] | None:
-        """Lay out what came as one, those of units within as one each; the keys that no module within has.
+    def _open(self, state: MutableMapping[str, Any], prefix: str) -> bool:
+        """Lay out what came as one, those of units within as one each.
 
-        None where it did not, or where a hook may change it yet.
+        Returns:
+            Whether there was anything, checked, that no hook may change yet.
         """
         if self._load_state_dict_pre_hooks:
             unbundle(state, prefix)
-            return None
+            return False
         entries = state.pop(prefix + _ALL, None)
         if entries is None:
-            return None
-        own, start = [], len(prefix)
+            return False
+        start = len(prefix)
         for key, value in entries.items():
             end = key.find(".", start)
             child = self._modules.get(key[start:end]) if end > 0 else None
-            if child is None:
-                own.append(key)
-                state[key] = value
-            elif isinstance(child, Unit) and is_ours(child):
+            if isinstance(child, Unit) and is_ours(child):
                 state.setdefault(key[: end + 1] + _ALL, {})[key] = value
             else:
                 state[key] = value
-        return own
-
-    def _copied(
-        self, keys: list[str], state: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any]
-    ) -> bool:
-        """Copy one's own entries, as nn.Module does with more care; whether that is all that it would have done."""
-        if (
-            local_metadata.get("assign_to_params_buffers")
-            or torch.__future__.get_swap_module_params_on_conversion()
-            or type(self).set_extra_state is not nn.Module.set_extra_state
-        ):
-            return False
-        pairs: list[tuple[Tensor, Any]] = []
-        for values, others in ((self._parameters, ()), (self._buffers, self._non_persistent_buffers_set)):
-            for name, mine in values.items():
-                if mine is not None and name not in others:
-                    value = state.get(prefix + name)
-                    if type(value) not in _PLAIN or value.shape != mine.shape or mine.is_meta:  # type: ignore[union-attr]
-                        return False
-                    pairs.append((mine, value))
-        if len(pairs) != len(keys):
-            return False
-        try:
-            with torch.no_grad():
-                for mine, value in pairs:
-                    mine.copy_(value)
-        except RuntimeError:  # nn.Module says which one and why
-            return False
         return True
 
 
-_PLAIN = (Tensor, nn.Parameter)
+def loader(module: nn.Module) -> Any:
+    """What takes a module's entries, unbound if it is its class's."""
+    return module.__dict__.get("_load_from_state_dict", type(module)._load_from_state_dict)
 
 
 def is_ours(module: nn.Module) -> bool:
     """Whether a module takes its entries as eagerq wrote it: somebody's own way sees them one by one."""
-    return type(module)._load_from_state_dict.__module__.startswith("eagerq.")
+    return str(getattr(loader(module), "__module__", "")).startswith("eagerq.")
 
 
 _ALL = "(all)"

@@ -13,7 +13,13 @@ from torch.nn.utils.parametrize import is_parametrized
 __all__ = ["copy_hooks", "device_of", "is_leaf", "leave_fast_paths", "unchanged_on_error"]
 
 # what prepare, convert and fuse change in a module, besides its qconfig
-_TABLES = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks")
+_TABLES = (
+    "_modules",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _MISSING = object()
 
 

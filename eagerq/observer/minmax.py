@@ -179,7 +179,8 @@ class PerChannelMinMaxObserver(_RangeObserver):
 
     def _state_problems(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
         yield from super()._state_problems(state, prefix)
-        shapes = [tuple(value.shape) for name in self._resizable if (value := state.get(prefix + name)) is not None]
+        values = (state.get(prefix + name) for name in self._resizable)
+        shapes = [tuple(value.shape) for value in values if isinstance(value, Tensor)]
         if shapes and (len({*shapes}) > 1 or len(shapes[0]) != 1):
             yield f"{prefix}min_val and max_val have shapes {shapes}, but a value for each channel was expected"
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.__future__ import get_swap_module_params_on_conversion as _swapping
 
-from eagerq.bundles import Unit, bundle, is_ours
+from eagerq.bundles import Taken, Unit, bundle, is_ours
 from eagerq.checkpoint import UpgradingModule, misfit, restate
 from eagerq.errors import CheckpointError, nearest
+from eagerq.quantize.taking import Inventory, as_torch_loads
 
 __all__ = ["StateCheck", "has_state_check", "install_state_check"]
 
@@ -23,44 +24,6 @@ _CALLER = 7  # frames from the warning up to who called load_state_dict
 _Upgrading = list[tuple[str, UpgradingModule]]
 
 
-@cache
-def _saves(kind: type[nn.Module]) -> tuple[bool, bool]:
-    """Whether a class of modules saves no others' entries as it likes, and its own as any module does."""
-    plain = kind._save_to_state_dict is nn.Module._save_to_state_dict
-    return kind.state_dict is nn.Module.state_dict, plain and kind.get_extra_state is nn.Module.get_extra_state
-
-
-def _look(module: nn.Module, prefix: str, upgrading: _Upgrading, own: dict[str, Any]) -> bool:
-    """Note the modules that have a say about their entries and what these begin with, and all that would be saved.
-
-    Returns:
-        Whether that is what ``state_dict`` tells; a hook may tell another thing.
-    """
-    if isinstance(module, UpgradingModule):
-        upgrading.append((prefix, module))
-    as_usual, plainly = _saves(type(module))  # type: ignore[arg-type]
-    if module._state_dict_hooks or module._state_dict_pre_hooks:
-        as_usual = False
-    if plainly:
-        unsaved = module._non_persistent_buffers_set
-        for name, value in module._parameters.items():
-            if value is not None:
-                own[prefix + name] = value
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in unsaved:
-                own[prefix + name] = buffer
-    else:
-        module._save_to_state_dict(own, prefix, True)
-    for name, child in module._modules.items():
-        if child is not None:
-            as_usual = _look(child, f"{prefix}{name}.", upgrading, own) and as_usual
-    return as_usual
-
-
-def _as_torch_loads(module: nn.Module) -> bool:
-    return type(module)._load_from_state_dict is nn.Module._load_from_state_dict
-
-
 def _units(root: nn.Module, prefix: str) -> Iterator[str]:
     """What the entries begin with of each outermost module of ours, where nobody above looks at them."""
     for name, child in root._modules.items():
@@ -68,7 +31,7 @@ def _units(root: nn.Module, prefix: str) -> Iterator[str]:
         if isinstance(child, Unit):
             if is_ours(child):
                 yield path
-        elif child is not None and not child._load_state_dict_pre_hooks and _as_torch_loads(child):
+        elif child is not None and not child._load_state_dict_pre_hooks and as_torch_loads(child):
             yield from _units(child, path)
 
 
@@ -112,13 +75,17 @@ class StateCheck:
 
     def problems(
         self, modules: _Upgrading, own: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str, strict: bool
-    ) -> list[str]:
+    ) -> tuple[list[str], list[str]]:
         """What does not fit, in words; nothing is changed.
 
         Args:
             own: the model's own state.
+
+        Returns:
+            That, and the keys of all that is not just as the model has it, fitting or not.
         """
-        found = []
+        found: list[str] = []
+        odd: list[str] = []
         optional = {dot + name for dot, module in modules for name in module._optional_state}
         kept = {dot + name for dot, module in modules for name in module._kept_state}
         resizable = {dot + name for dot, module in modules for name in module._resizable}
@@ -135,11 +102,12 @@ class StateCheck:
             if key in state_dict and isinstance(mine, Tensor):
                 value = state_dict[key]
                 if type(value) is not Tensor or value.dtype is not mine.dtype or value.shape != mine.shape:
+                    odd.append(key)
                     wrong = misfit(key, value, mine, key in resizable)
                     found += [wrong] if wrong else []
         for dot, module in modules:
             found += module._state_problems(state_dict, dot)
-        return found
+        return found, odd
 
     def __call__(
         self,
@@ -150,13 +118,13 @@ class StateCheck:
         strict: bool,
         *lists: list[str],
     ) -> None:
-        modules: _Upgrading = []
-        own: dict[str, Any] = {}
-        if not _look(module, prefix, modules, own):
+        inventory = Inventory(module, prefix)
+        modules, own = inventory.upgrading, inventory.own
+        if not inventory.saved_as_usual:
             own = module.state_dict(prefix=prefix, keep_vars=True) if prefix else module.state_dict()
         self.upgrade(modules, state_dict, prefix, _running("metadata", None) or {})
         strict = _running("strict", strict)
-        found = self.problems(modules, own, state_dict, prefix, strict)
+        found, odd = self.problems(modules, own, state_dict, prefix, strict)
         if found:
             more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise CheckpointError(
@@ -168,8 +136,24 @@ class StateCheck:
         if strict:
             _tell_what_stays(modules, state_dict)
         last = next(reversed(module._load_state_dict_pre_hooks.values()))
-        if getattr(last, "hook", last) is self and _as_torch_loads(module):
-            bundle(state_dict, set(_units(module, prefix)))
+        if getattr(last, "hook", last) is self and as_torch_loads(module):
+            if inventory.saved_as_usual and self._may_copy(module, local_metadata):
+                inventory.take(state_dict, odd, lists[0])
+            if state_dict:
+                bundle(state_dict, set(_units(module, prefix)))
+
+    def _may_copy(self, root: nn.Module, local_metadata: Mapping[str, Any]) -> bool:
+        """Whether values are copied, and nobody hears of missing keys before :meth:`loaded` has put them right."""
+        if local_metadata.get("assign_to_params_buffers") or _swapping():
+            return False
+        listening = root._load_state_dict_post_hooks.values()
+        return bool(listening) and next(iter(listening)) == self.loaded
+
+    def loaded(self, module: nn.Module, incompatible_keys: Any) -> None:
+        """All modules have been asked for their entries."""
+        taken = Taken.among(incompatible_keys.missing_keys)
+        if taken is not None:
+            incompatible_keys.missing_keys[:] = taken.before
 
 
 def _tell_what_stays(modules: _Upgrading, state_dict: Mapping[str, Any]) -> None:
@@ -196,4 +180,6 @@ def has_state_check(root: nn.Module) -> bool:
 def install_state_check(root: nn.Module) -> None:
     """Let ``root.load_state_dict`` refuse what does not fit, once."""
     if not has_state_check(root):
-        root.register_load_state_dict_pre_hook(StateCheck())
+        check = StateCheck()
+        root.register_load_state_dict_pre_hook(check)
+        root.register_load_state_dict_post_hook(check.loaded)

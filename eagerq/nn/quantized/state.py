@@ -7,8 +7,9 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from eagerq.bundles import Taken
 from eagerq.checkpoint import UpgradingModule, bad_qparams, misfit, restate
 from eagerq.qtensor import QTensor
 from eagerq.scheme import integer_type
@@ -74,10 +75,9 @@ class QuantizedModule(UpgradingModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = self._open(state_dict, prefix)
-        if own is not None and self._taken(own, state_dict, prefix, local_metadata):
+        if Taken.among(missing_keys) is not None:
             return
-        checked = own is not None
+        checked = self._open(state_dict, prefix)
         if not checked:
             restate(state_dict, prefix)
         others: list[str] = []
@@ -98,21 +98,6 @@ class QuantizedModule(UpgradingModule):
             error_msgs += filter(None, (*checks, *self._state_problems(state_dict, prefix)))
         if not error_msgs:
             self._take_tensors(given, assign=local_metadata.get("assign_to_params_buffers", False))
-
-    def _taken(self, keys: list[str], state: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any]) -> bool:
-        """Take what is checked already, if there is nothing that nn.Module would take."""
-        if self._parameters or self._buffers.keys() - self._non_persistent_buffers_set:
-            return False
-        if type(self).set_extra_state is not nn.Module.set_extra_state:
-            return False
-        known = self._tensors()
-        start = len(prefix)
-        given = {key[start:]: state[key] for key in keys}
-        needless = {*given, *self._optional_state, *self._kept_state}
-        if not (given.keys() <= {*known, *self._optional_state} and known.keys() <= needless):
-            return False
-        self._take_tensors(given, assign=local_metadata.get("assign_to_params_buffers", False))
-        return True
 
 
 @cache
