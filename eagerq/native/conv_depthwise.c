@@ -46,8 +46,8 @@ typedef struct {
 /* UNITS of sixteen channels of PIXELS at a time, whose four vectors of results are neighbours in memory. With
  * TAPS, the window is one group of rows by as many columns, nothing far out of range; and without ZEROS, none of
  * these channels' weights has a zero point. */
-INLINE void span(const int UNITS, const int PIXELS, const int TAPS, const int ZEROS, const Stretch *part, i64 unit,
-                 const Layer *layer, const Conv *c) {
+INLINE void span(const int UNITS, const int PIXELS, const int TAPS, const int KNOWN, const int ZEROS,
+                 const Stretch *part, i64 unit, const Layer *layer, const Conv *c) {
     const i64 first = part->first + unit * 16;
     const i64 taps = TAPS ? TAPS : c->taps_x, groups = TAPS ? 1 : part->groups, each = groups * taps * 64;
     const i64 wide = part->units * 64 * c->step_x, left = least(c->channels - first, UNITS * 16);
@@ -98,30 +98,37 @@ INLINE void span(const int UNITS, const int PIXELS, const int TAPS, const int ZE
                 const __m512i zeros = _mm512_loadu_si512(layer->zeros + first + u * 16);
                 total = _mm512_sub_epi32(total, _mm512_mullo_epi32(zeros, seen));
             }
-            steps[j] = requantized(!TAPS, total, scale[u], bias[u], &shared);
+            steps[j] = requantized(KNOWN, total, scale[u], bias[u], &shared);
         }
-        put(out, packed(steps, &shared), PIXELS == 1 ? left : least(part->many - at, PIXELS) * c->channels);
+        put(out, packed(KNOWN, steps, &shared), PIXELS == 1 ? left : least(part->many - at, PIXELS) * c->channels);
     }
 }
 
-#define SPAN_OF(NAME, UNITS, PIXELS, TAPS, ZEROS)                                             \
+#define SPAN_OF(NAME, UNITS, PIXELS, TAPS, KNOWN, ZEROS)                                      \
     VNNI static void NAME(const Stretch *part, i64 unit, const Layer *layer, const Conv *c) { \
-        span(UNITS, PIXELS, TAPS, ZEROS, part, unit, layer, c);                               \
+        span(UNITS, PIXELS, TAPS, KNOWN, ZEROS, part, unit, layer, c);                        \
     }
-SPAN_OF(any_1, 1, 1, 0, 1)
-SPAN_OF(any_2, 2, 1, 0, 1)
-SPAN_OF(any_3, 3, 1, 0, 1)
-SPAN_OF(any_4, 4, 1, 0, 1)
-SPAN_OF(three_1, 1, 1, 3, 0)
-SPAN_OF(three_2, 2, 1, 3, 0)
-SPAN_OF(three_3, 3, 1, 3, 0)
-SPAN_OF(three_4, 4, 1, 3, 0)
-SPAN_OF(two_of_two, 2, 2, 3, 0)
-SPAN_OF(four_of_one, 1, 4, 3, 0)
-SPAN_OF(uneven, 1, 1, 3, 1)
+#define SPANS_OF(NAME, TAPS, KNOWN, ZEROS)      \
+    SPAN_OF(NAME##_1, 1, 1, TAPS, KNOWN, ZEROS) \
+    SPAN_OF(NAME##_2, 2, 1, TAPS, KNOWN, ZEROS) \
+    SPAN_OF(NAME##_3, 3, 1, TAPS, KNOWN, ZEROS) \
+    SPAN_OF(NAME##_4, 4, 1, TAPS, KNOWN, ZEROS)
+SPANS_OF(any, 0, FAR, 1)
+SPANS_OF(three, 3, NEAR, 0)
+SPANS_OF(plain, 3, PLAIN, 0)
+SPAN_OF(two_of_two, 2, 2, 3, NEAR, 0)
+SPAN_OF(plain_two_of_two, 2, 2, 3, PLAIN, 0)
+SPAN_OF(four_of_one, 1, 4, 3, NEAR, 0)
+SPAN_OF(plain_four_of_one, 1, 4, 3, PLAIN, 0)
+SPAN_OF(uneven, 1, 1, 3, NEAR, 1)
 
+/* by what is known of results (three taps, too, but for those that may be far) and how many units; then those that
+ * do more than one pixel at a time, of a layer of so many units */
 typedef void (*Span)(const Stretch *, i64, const Layer *, const Conv *);
-static const Span SPANS[2][5] = {{0, any_1, any_2, any_3, any_4}, {0, three_1, three_2, three_3, three_4}};
+static const Span SPANS[3][5] = {
+    {0, any_1, any_2, any_3, any_4}, {0, three_1, three_2, three_3, three_4}, {0, plain_1, plain_2, plain_3, plain_4},
+};
+static const Span THIN[3][3] = {{0}, {0, four_of_one, two_of_two}, {0, plain_four_of_one, plain_two_of_two}};
 
 /* Whether one of sixteen channels' weights has a zero point. */
 VNNI static int is_uneven(const Layer *layer, i64 first) {
@@ -160,7 +167,7 @@ VNNI static void lay_out(const u8 *image, i64 top, i64 left, i64 wide, i64 bytes
 
 /* `rows` rows of the output, two at most, channels [first, first + bytes): stretch by stretch. */
 static void depthwise_rows(const u8 *image, u8 *out, i64 row, i64 rows, i64 first, i64 bytes, i64 most, u8 *scratch,
-                           int simple, const Layer *layer, const Conv *c) {
+                           int known, const Layer *layer, const Conv *c) {
     const i64 stretches = (c->columns + most - 1) / most, units = (bytes + 15) / 16, blocks = (units + 3) / 4;
     for (i64 number = 0; number < stretches; number++) {
         const i64 start = number * c->columns / stretches, many = (number + 1) * c->columns / stretches - start;
@@ -169,13 +176,12 @@ static void depthwise_rows(const u8 *image, u8 *out, i64 row, i64 rows, i64 firs
                         (c->taps_y + 3) / 4, wide * units * 64, c->taps_y + rows - 1, 0};
         lay_out(image, row * c->every_y - c->pad_y, start * c->every_x - c->pad_x, wide, bytes, scratch, &part, c);
         for (; part.row < rows; part.row++, part.out += c->columns * c->channels) {
-            if (simple && c->channels == 32) two_of_two(&part, 0, layer, c);
-            else if (simple && c->channels == 16) four_of_one(&part, 0, layer, c);
+            if (known != FAR && (c->channels == 16 || c->channels == 32)) THIN[known][units](&part, 0, layer, c);
             else for (i64 block = 0; block < blocks; block++) {
                 const i64 unit = block * units / blocks, next = (block + 1) * units / blocks;
-                SPANS[simple][next - unit](&part, unit, layer, c);
+                SPANS[known][next - unit](&part, unit, layer, c);
             }
-            for (i64 unit = 0; simple && unit < units; unit++) /* seldom: then what is there is overwritten */
+            for (i64 unit = 0; known != FAR && unit < units; unit++) /* seldom: then what is there is overwritten */
                 if (is_uneven(layer, first + unit * 16)) uneven(&part, unit, layer, c);
         }
     }
@@ -186,8 +192,8 @@ EXPORT void eagerq_depthwise(const u8 *x, u8 *out, const Layer *layer, const Con
     const i64 pieces = (c->channels + 255) / 256, each = ((c->channels + pieces - 1) / pieces + 63) / 64 * 64;
     const i64 column = groups * ((least(each, c->channels) + 15) / 16) * 64, around = (c->taps_x - 1) * c->step_x + 1;
     const i64 room = (ROOM / column - around) / c->every_x, most = room < 4 ? 4 : room;
-    const int near = is_bounded(c->taps_y * c->taps_x, c->outputs, layer, c);
-    const int simple = near && c->taps_x == 3 && groups == 1;
+    const int simple = c->taps_x == 3 && groups == 1 && is_bounded(c->taps_y * c->taps_x, c->outputs, layer, c);
+    const int known = !simple ? FAR : is_plain(c) ? PLAIN : NEAR;
     /* two rows of the output at a time where four of the input hold all that they need */
     const i64 rows = simple && c->taps_y < 4 && c->every_y * c->step_y == 1 ? 2 : 1;
     const i64 lines = (c->rows + rows - 1) / rows, size = c->height * c->width * c->channels;
@@ -199,7 +205,7 @@ EXPORT void eagerq_depthwise(const u8 *x, u8 *out, const Layer *layer, const Con
             const i64 image = number / pieces / lines, row = number / pieces % lines * rows;
             const i64 first = number % pieces * each;
             depthwise_rows(x + image * size, out + image * c->rows * c->columns * c->channels, row,
-                           least(rows, c->rows - row), first, least(each, c->channels - first), most, scratch, simple,
+                           least(rows, c->rows - row), first, least(each, c->channels - first), most, scratch, known,
                            layer, c);
         }
         free(scratch);

@@ -52,19 +52,27 @@ INLINE Rounding rounding(const Conv *c) {
     return shared;
 }
 
+/* What is known of results: that they may lie beyond int32; nothing; that they need no zero point (as behind ReLU,
+ * which is most of them) and no bounds but those of unsigned bytes. */
+enum { FAR, NEAR, PLAIN };
+
+static inline int is_plain(const Conv *c) { return !c->to_signed && c->zero == 0 && c->low == 0 && c->high == 255; }
+
 /* Sixteen sums to integers of the output: round(((sum * x_scale) * scale + bias) * inverse + zero), to be clamped;
- * results may lie beyond int32 only where that is GUARDed against: what is far too low stays low by itself. */
-INLINE __m512i requantized(const int GUARD, __m512i total, __m512 scale, __m512 bias, const Rounding *shared) {
+ * of FAR ones, what is far too low stays low by itself. */
+INLINE __m512i requantized(const int KNOWN, __m512i total, __m512 scale, __m512 bias, const Rounding *shared) {
     __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), shared->x_scale), scale);
-    y = _mm512_add_ps(_mm512_mul_ps(_mm512_add_ps(y, bias), shared->inverse), shared->zero);
-    return _mm512_cvtps_epi32(GUARD ? _mm512_min_ps(y, shared->high) : y);
+    y = _mm512_mul_ps(_mm512_add_ps(y, bias), shared->inverse);
+    if (KNOWN < PLAIN) y = _mm512_add_ps(y, shared->zero);
+    return _mm512_cvtps_epi32(KNOWN == FAR ? _mm512_min_ps(y, shared->high) : y);
 }
 
 /* Four vectors of integers to bytes, clamped and in their order. */
-INLINE __m512i packed(const __m512i *steps, const Rounding *shared) {
+INLINE __m512i packed(const int KNOWN, const __m512i *steps, const Rounding *shared) {
     const __m512i low = _mm512_packs_epi32(steps[0], steps[1]), high = _mm512_packs_epi32(steps[2], steps[3]);
     __m512i bytes;
-    if (shared->to_signed) {
+    if (KNOWN == PLAIN) bytes = _mm512_packus_epi16(low, high);
+    else if (shared->to_signed) {
         bytes = _mm512_max_epi8(_mm512_packs_epi16(low, high), shared->least);
         bytes = _mm512_min_epi8(bytes, shared->most);
     } else {

@@ -173,6 +173,44 @@ def test_depthwise_columns(channels: int, columns: int) -> None:
     assert torch.equal(native_conv.conv(*call.values()), reference.conv(*call.values()))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "zero_point", "low", "high"),
+    [
+        (torch.uint8, 0, 0, 255),
+        (torch.uint8, 0, 0, 100),
+        (torch.uint8, 0, 7, 255),
+        (torch.uint8, 3, 0, 255),
+        (torch.uint8, 3, 3, 255),
+        (torch.int8, 0, 0, 127),
+        (torch.int8, 0, -128, 127),
+    ],
+)
+@pytest.mark.parametrize("columns", [5, 16, 50])
+@pytest.mark.parametrize("width", [16, 24, 32, 40, 64, 80])
+def test_bounds(width: int, columns: int, dtype: torch.dtype, zero_point: int, low: int, high: int) -> None:
+    """Results that need no zero point or no bounds skip them; tiles within a row, and beyond its end."""
+    generator = torch.Generator().manual_seed(width)
+    for depthwise in (False, True):
+        for taps in (1, 3):
+            inside = 1 if depthwise else width
+            call = simple_call(
+                x=reference.channels_last(integers((2, width, 4, columns), torch.uint8, generator)),
+                weight=integers((width, inside, taps, taps), torch.int8, generator),
+                weight_scale=torch.rand(width, generator=generator) / 2 / inside**0.5,
+                weight_zero_point=torch.zeros(width, dtype=torch.int32),
+                bias=torch.randn(width, generator=generator) * 20,
+                padding=[taps // 2, taps // 2],
+                groups=width // inside,
+                dtype=dtype,
+                zero_point=zero_point,
+                low=low,
+                high=high,
+            )
+            result = native_conv.conv(*call.values())
+            assert torch.equal(result, reference.conv(*call.values()))
+            assert {low, high} <= set(result.flatten().tolist())
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("taps", range(1, 6))
 @pytest.mark.parametrize("channels", [16, 32, 48, 80, 144])
