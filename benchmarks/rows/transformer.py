@@ -30,7 +30,7 @@ def _timed(model: Callable[..., object], *inputs: Tensor) -> Timed:
 
 def _static(batch: int, setup: Setup) -> Samples:
     x = example(batch)
-    return setup.race(lambda backend: _timed(converted(backend, EncoderLayer, x), x))
+    return setup.race(lambda backend: _timed(backend.deploy(converted(backend, EncoderLayer, x), x), x))
 
 
 def _quantized(backend: Backend, model: nn.Module, kinds: set[type[nn.Module]], dtype: torch.dtype) -> nn.Module:
