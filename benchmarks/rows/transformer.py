@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..backends import Backend, Quantizing
 from ..encoder import EncoderLayer, example
+from ..models import Parts
 from ..report import Goal
 from ..timing import Samples, Timed, repeated
 from ..workloads import converted
@@ -85,6 +86,34 @@ def _recurrent(kind: type[nn.Module], batch: int, setup: Setup) -> Samples:
     return setup.interleave(_makers(setup, model, {kind}, (x,), torch.qint8))
 
 
+class _Between(nn.Module):
+    """A layer between stubs, of whose results the first counts."""
+
+    def __init__(self, layer: nn.Module, parts: Parts) -> None:
+        super().__init__()
+        self.quant, self.layer, self.dequant = parts.QuantStub(), layer, parts.DeQuantStub()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dequant(self.layer(self.quant(x))[0])
+        return y
+
+
+def _static_lstm(batch: int, setup: Setup) -> Samples:
+    x = torch.randn(_STEPS, batch, _STATE)
+
+    def make(backend: Backend) -> Timed:
+        torch.manual_seed(0)
+        model: nn.Module = _Between(nn.LSTM(_STATE, _STATE), backend).eval()
+        if isinstance(backend, Quantizing):
+            model.qconfig = backend.api.get_default_qconfig("onednn")
+            model = backend.api.prepare(model)
+            model(x)
+            model = backend.api.convert(model)
+        return _timed(backend.deploy(model, x), x)
+
+    return setup.race(make)
+
+
 def _bags(dtype: torch.dtype, setup: Setup) -> Samples:
     model = _Alone(nn.EmbeddingBag(_ROWS, _COLUMNS, mode="sum"))
     inputs = torch.randint(0, _ROWS, (_BAGS * _BAG,)), torch.arange(_BAGS) * _BAG
@@ -98,6 +127,9 @@ def benchmarks() -> Iterator[Benchmark]:
         name = f"encoder layer (BERT-base, 128 tokens) batch {batch}"
         yield Benchmark(SECTION, f"int8 {name}", "ms", (ahead, of_all), partial(_static, batch))
         yield Benchmark(SECTION, f"dynamic int8 {name}", "ms", (ahead, of_all), partial(_dynamic, batch))
+    for batch in (1, 8):
+        name = f"int8 LSTM of {_STATE}, {_STEPS} steps, batch {batch}"
+        yield Benchmark(SECTION, name, "ms", ahead, partial(_static_lstm, batch))
     for kind in (nn.LSTM, nn.GRU):
         name = f"dynamic int8 {kind.__name__} of {_STATE}, {_STEPS} steps, batch 1"
         yield Benchmark(SECTION, name, "ms", ahead, partial(_recurrent, kind, 1), detail=True)

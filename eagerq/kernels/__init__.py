@@ -10,6 +10,7 @@ from eagerq.kernels.doors import (
     dequantize,
     linear,
     matmul,
+    mul,
     mul_scalar,
     quantize,
 )
@@ -25,7 +26,6 @@ from eagerq.kernels.native_recurrent import recur
 from eagerq.kernels.normalization import batch_norm, group_norm, layer_norm
 from eagerq.kernels.reference import (
     dequantize_per_channel,
-    mul,
     quantize_per_channel,
     requantize,
 )

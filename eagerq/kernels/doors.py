@@ -21,6 +21,7 @@ __all__ = [
     "dequantize",
     "linear",
     "matmul",
+    "mul",
     "mul_scalar",
     "quantize",
 ]
@@ -138,6 +139,29 @@ def dequantize(q: Tensor, scale: float, zero_point: int) -> Tensor:
 
 
 @door
+def mul(
+    a: Tensor,
+    a_scale: float,
+    a_zero_point: int,
+    b: Tensor,
+    b_scale: float,
+    b_zero_point: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Tensor:
+    """``a * b`` of two quantized tensors (broadcasting), requantized."""
+    call = (a, a_scale, a_zero_point, b, b_scale, b_zero_point, scale, zero_point, dtype, low, high)
+    if native.available and not torch.compiler.is_compiling():
+        product = native.mul(*call)
+        if product is not NotImplemented:
+            return product
+    return reference.mul(*call)
+
+
+@door
 def cat(
     tensors: Sequence[Tensor],
     scales: Sequence[float],
@@ -153,16 +177,21 @@ def cat(
     parts = []
     for q, q_scale, q_zero_point in zip(tensors, scales, zero_points, strict=True):
         if (q_scale, q_zero_point, q.dtype) == (scale, zero_point, dtype):
-            parts.append(q.clamp(low, high))
+            parts.append(q if (low, high) == _limits(dtype) else q.clamp(low, high))
         else:
             parts.append(quantize(reference.dequantize(q, q_scale, q_zero_point), scale, zero_point, dtype, low, high))
     return torch.cat(parts, dim)
 
 
+def _limits(dtype: torch.dtype) -> tuple[int, int]:
+    info = torch.iinfo(dtype)
+    return info.min, info.max
+
+
 def _farthest(dtype: torch.dtype, zero_point: int) -> int:
     """How far integers of a dtype can be from the zero point."""
-    info = torch.iinfo(dtype)
-    return max(zero_point - info.min, info.max - zero_point)
+    least, most = _limits(dtype)
+    return max(zero_point - least, most - zero_point)
 
 
 # asked once: not every compiler of torch can trace the question

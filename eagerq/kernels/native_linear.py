@@ -11,7 +11,7 @@ from eagerq import native
 from eagerq.kernels.native_conv import BYTES, LONGEST_SUM, tiles
 from eagerq.kernels.packing import kept, version
 
-__all__ = ["linear", "linear_dynamic", "packed_dynamic", "serves", "twice_inverted"]
+__all__ = ["linear", "linear_dynamic", "packed_dynamic", "packed_static", "serves", "twice_inverted"]
 
 # rows from which on the products of whole tiles pay, where the processor has them
 _TILED_ROWS = 32
@@ -65,13 +65,20 @@ def linear(
     x = x.contiguous()
     if not 0 <= x_zero_point <= 255 or not native.serves(x):
         return NotImplemented
-    packed = kept(
+    packed = packed_static(weight, weight_scale, weight_zero_point, bias)
+    return native.linear(x, x_scale, x_zero_point, packed, len(weight), scale, zero_point, dtype, low, high)
+
+
+def packed_static(
+    weight: Tensor, weight_scale: Tensor, weight_zero_point: Tensor, bias: Tensor | None
+) -> native.PackedConv:
+    """A layer's parameters as the C code reads them."""
+    return kept(
         weight,
         weight_zero_point,
         ("native", version(weight_scale), version(bias)),
         lambda: native.PackedConv(weight[:, :, None, None], weight_scale, weight_zero_point, bias, False),
     )
-    return native.linear(x, x_scale, x_zero_point, packed, len(weight), scale, zero_point, dtype, low, high)
 
 
 def linear_dynamic(

@@ -256,7 +256,6 @@ def add(
     return requantized(total, reciprocal(scale), zero_point, dtype, low, high)
 
 
-@door
 def mul(
     a: Tensor,
     a_scale: float,

@@ -4,8 +4,9 @@ from eagerq.native.conv import PackedConv, conv, conv_ready, linear, linear_dyna
 from eagerq.native.embedding import embedding, embedding_bag
 from eagerq.native.layers import layer_norm, look_up, quantize_dynamic
 from eagerq.native.library import available, serves
+from eagerq.native.lstm import Requantized, States, lstm
 from eagerq.native.normalizing import Batch, Norm, batch_norm, batch_norm_backward, fold, fold_backward_, norms
-from eagerq.native.pointwise import add, dequantize, max_pool, quantize, spatial_mean
+from eagerq.native.pointwise import add, dequantize, max_pool, mul, quantize, spatial_mean
 from eagerq.native.program import Step, runner, step
 from eagerq.native.recording import Bound, recording
 from eagerq.native.recurrent import recur
@@ -31,6 +32,8 @@ __all__ = [
     # integers
     "Bound",
     "PackedConv",
+    "Requantized",
+    "States",
     "Step",
     "add",
     "conv",
@@ -42,7 +45,9 @@ __all__ = [
     "linear",
     "linear_dynamic",
     "look_up",
+    "lstm",
     "max_pool",
+    "mul",
     "quantize",
     "quantize_dynamic",
     "recording",

@@ -14,7 +14,7 @@ from torch import Tensor
 from eagerq.native.library import LIBRARY, Conv, Layer
 from eagerq.native.recording import Bound, bound, recorded
 
-__all__ = ["PackedConv", "conv", "conv_ready", "dynamic_numbers", "linear", "linear_dynamic"]
+__all__ = ["PackedConv", "conv", "conv_ready", "dynamic_numbers", "linear", "linear_dynamic", "linear_numbers"]
 
 _POINT = (1, 1, 1, 1, 0, 0, 1, 1)  # a window of one
 _LANES, _WIDEST = 16, 4  # int32 sums to a vector; vectors to a block of outputs
@@ -137,6 +137,29 @@ def conv(
     return Bound((x,), call, (packed.address, ctypes.byref(numbers)), result, packed.size)
 
 
+def linear_numbers(
+    rows: int,
+    inputs: int,
+    outputs: int,
+    x_scale: float,
+    x_zero_point: int,
+    dtype: torch.dtype,
+    scale: float,
+    zero_point: int,
+    low: int,
+    high: int,
+) -> Conv:
+    """The sizes and numbers of a product of uint8 ``[rows, inputs]``; of a real one's output, none counts."""
+    real = dtype is torch.float32
+    make = Conv if real else _numbers  # the scale of real results is that of the moment
+    made: Conv = make(
+        *(rows, inputs, 1, 1, outputs, 1, 1, *_POINT),
+        *(x_zero_point, False, dtype is torch.int8, real, x_scale),
+        *((0, 0, 0, 0) if real else (1.0 / ctypes.c_float(scale).value, zero_point, low, high)),
+    )
+    return made
+
+
 @bound
 def linear(
     x: Tensor,
@@ -156,13 +179,9 @@ def linear(
         packed: of the weight as one of ``[out, in, 1, 1]``.
         outputs: how many there are.
     """
-    inputs, real = x.shape[-1], dtype is torch.float32
-    make = Conv if real else _numbers  # the scale of real results is that of the moment
-    numbers = make(
-        *(x.numel() // inputs, inputs, 1, 1, outputs, 1, 1, *_POINT),
-        *(x_zero_point, False, dtype is torch.int8, real, x_scale),
-        *((0, 0, 0, 0) if real else (1.0 / ctypes.c_float(scale).value, zero_point, low, high)),
-    )
+    inputs = x.shape[-1]
+    rows = x.numel() // inputs
+    numbers = linear_numbers(rows, inputs, outputs, x_scale, x_zero_point, dtype, scale, zero_point, low, high)
     result = partial(torch.empty, (*x.shape[:-1], outputs), dtype=dtype)
     return Bound((x,), LIBRARY.eagerq_linear, (packed.address, ctypes.byref(numbers)), result)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagerq.native.library import LIBRARY, serves
+from eagerq.native.library import LIBRARY, dense, serves
 from eagerq.native.recording import recorded
 
 __all__ = ["layer_norm", "look_up", "quantize_dynamic"]
@@ -29,7 +29,8 @@ class _Norm(ctypes.Structure):
 
 @recorded
 def look_up(x: Tensor, table: Tensor) -> Any:
-    """``table[x]`` byte for byte, both without a sign; it lies in memory as ``x`` does."""
+    """``table[x]`` byte for byte, both without a sign; it lies in memory as ``x`` does, but for gaps."""
+    x = x if dense(x) else x.clone()
     if x.dtype not in _BYTES or not serves(x):
         return NotImplemented
     out = torch.empty_like(x, dtype=table.dtype)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LIBRARY", "Conv", "Layer", "Pair", "Quantizer", "address", "available", "serves"]
+__all__ = ["LIBRARY", "Conv", "Layer", "Pair", "Quantizer", "address", "available", "dense", "serves"]
 
 
 class Pair(ctypes.Structure):
-    """What the sum of two quantized tensors is made with."""
+    """What the sum or product of two quantized tensors is made with."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("a_signed", "b_signed")),
@@ -64,6 +64,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "layer_norm": [_POINTER] * 2 + [_COUNT, _POINTER],
     "linear": [_POINTER] * 4,
     "linear_dynamic": [_POINTER] * 3 + [_FLAG] + [_POINTER] * 2,
+    "lstm": [_POINTER],
     "look_up": [_POINTER] * 3 + [_COUNT],
     "batch_norm": [_POINTER] * 3 + [_FLAG, _POINTER],
     "batch_norm_backward": [_POINTER] * 8,
@@ -75,6 +76,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fake_quantize_rows": [_POINTER] * 4 + [_COUNT] * 3 + [ctypes.POINTER(Quantizer)],
     "masked": [_POINTER] * 3 + [_COUNT],
     "masked_rows": [_POINTER] * 6 + [_COUNT] * 3,
+    "mul": [_POINTER] * 3 + [_COUNT] * 3 + [ctypes.POINTER(Pair)],
     "max_pool": [_POINTER] * 2 + [_COUNT] * 6 + [_POINTER, _FLAG],
     "mean": [_POINTER] * 2 + [_COUNT] * 3 + [_REAL] * 3 + [_FLAG],
     "recur_end": [_POINTER],
@@ -140,7 +142,7 @@ available: bool = LIBRARY is not None
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def _dense(x: Tensor) -> bool:
+def dense(x: Tensor) -> bool:
     """Whether the values lie in memory without gaps, whatever their order."""
     if x.is_contiguous():
         return True
@@ -163,5 +165,5 @@ def serves(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and not x.is_neg()  # its values lie there with the other sign
-        and _dense(x)
+        and dense(x)
     )

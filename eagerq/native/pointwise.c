@@ -3,37 +3,23 @@
  * Bytes are unsigned or signed: a signed one is read as (b ^ 0x80) - 128. Numbers are those of
  * eagerq.kernels.reference.
  */
-#include "common.h"
+#include "pairs.h"
 
 #ifndef EAGERQ_STAMP
 #define EAGERQ_STAMP "unknown"
 #endif
 EXPORT const char eagerq_stamp[17] = EAGERQ_STAMP;
 
-static inline float real(u8 byte, int is_signed) { return (float)(is_signed ? (int8_t)byte : (int)byte); }
-
-static inline u8 stored(float steps, float low, float high) {
-    steps = steps < low ? low : steps;
-    steps = steps > high ? high : steps;
-    return (u8)(int)steps;
-}
-
-typedef struct Pair {
-    int a_signed, b_signed;
-    float a_scale, a_shift, b_scale, b_shift, factor, zero, low, high;
-} Pair;
-
-#define ADD_LOOP(A, B)                                                              \
-    for (i64 i = 0; i < n; i++) {                                                   \
-        float total = fmaf(real(a[i], A), p->a_scale, p->a_shift)                   \
-                    + fmaf(real(b[i], B), p->b_scale, p->b_shift);                  \
-        out[i] = stored(rintf(total * p->factor) + p->zero, p->low, p->high);       \
+#define ADD_LOOP(A, B) for (i64 i = 0; i < n; i++) out[i] = sum(a[i], b[i], A, B, p);
+#define MUL_LOOP(A, B) for (i64 i = 0; i < n; i++) out[i] = product(a[i], b[i], A, B, p);
+#define PAIR_BLOCK(NAME, LOOP)                                                                                      \
+    CLONES static void NAME(const u8 *restrict a, const u8 *restrict b, u8 *restrict out, i64 n, const Pair *p) {   \
+        if (p->a_signed) { if (p->b_signed) LOOP(1, 1) else LOOP(1, 0) }                                            \
+        else { if (p->b_signed) LOOP(0, 1) else LOOP(0, 0) }                                                        \
     }
 
-CLONES static void add_block(const u8 *restrict a, const u8 *restrict b, u8 *restrict out, i64 n, const Pair *p) {
-    if (p->a_signed) { if (p->b_signed) ADD_LOOP(1, 1) else ADD_LOOP(1, 0) }
-    else { if (p->b_signed) ADD_LOOP(0, 1) else ADD_LOOP(0, 0) }
-}
+PAIR_BLOCK(add_block, ADD_LOOP)
+PAIR_BLOCK(mul_block, MUL_LOOP)
 
 EXPORT void eagerq_add(const u8 *a, const u8 *b, u8 *out, i64 n, const Pair *p) {
 #pragma omp parallel for schedule(static) if (n > 4 * BLOCK)
@@ -41,6 +27,18 @@ EXPORT void eagerq_add(const u8 *a, const u8 *b, u8 *out, i64 n, const Pair *p) 
         i64 at = block * BLOCK;
         add_block(a + at, b + at, out + at, SPAN(block, n), p);
     }
+}
+
+/* a [outer, again, n] times b [outer, n]: one row of b for `again` rows of a. */
+EXPORT void eagerq_mul(const u8 *a, const u8 *b, u8 *out, i64 outer, i64 again, i64 n, const Pair *p) {
+    const i64 blocks = BLOCKS(n);
+#pragma omp parallel for collapse(3) schedule(static) if (outer * again * n > 4 * BLOCK)
+    for (i64 part = 0; part < outer; part++)
+        for (i64 row = 0; row < again; row++)
+            for (i64 block = 0; block < blocks; block++) {
+                const i64 at = block * BLOCK, from = (part * again + row) * n + at;
+                mul_block(a + from, b + part * n + at, out + from, SPAN(block, n), p);
+            }
 }
 
 CLONES static void quantize_block(const float *restrict x, u8 *restrict out, i64 n, float inverse, float zero,

@@ -13,9 +13,32 @@ from torch import Tensor
 from eagerq.native.library import LIBRARY, Pair, serves
 from eagerq.native.recording import Bound, bound
 
-__all__ = ["add", "dequantize", "max_pool", "quantize", "spatial_mean"]
+__all__ = ["add", "dequantize", "max_pool", "mul", "product_numbers", "quantize", "spatial_mean", "sum_numbers"]
 
 _BYTES = (torch.uint8, torch.int8)
+
+
+_Operands = tuple[tuple[torch.dtype, float, int], tuple[torch.dtype, float, int]]
+
+
+def sum_numbers(operands: _Operands, scale: float, zero_point: int, low: int, high: int) -> Pair:
+    """What a sum is made with; operands by dtype, scale and zero point."""
+    (a_type, a_scale, a_zero), (b_type, b_scale, b_zero) = operands
+    return Pair(
+        *(a_type is torch.int8, b_type is torch.int8),
+        *(a_scale, -_product(a_scale, a_zero), b_scale, -_product(b_scale, b_zero)),
+        *(_inverse(scale), zero_point, low, high),
+    )
+
+
+def product_numbers(operands: _Operands, scale: float, zero_point: int, low: int, high: int) -> Pair:
+    """What a product is made with, as :func:`sum_numbers`."""
+    (a_type, a_scale, a_zero), (b_type, b_scale, b_zero) = operands
+    factor = _single(_product(a_scale, _single(b_scale)) * _inverse(scale))
+    return Pair(
+        *(a_type is torch.int8, b_type is torch.int8, 0, -a_zero, 0, -b_zero),
+        *(factor, zero_point, low, high),
+    )
 
 
 @bound
@@ -33,23 +56,61 @@ def add(
     high: int,
 ) -> Any:
     """As :func:`eagerq.kernels.add`, of two tensors of one shape and layout."""
-    if not (a.shape == b.shape and a.stride() == b.stride() and {a.dtype, b.dtype, dtype} <= {*_BYTES} and serves(a)):
+    if not (a.shape == b.shape and a.stride() == b.stride() and _are_bytes(a, b, dtype) and serves(a)):
         return NotImplemented
-    numbers = Pair(
-        *(a.dtype is torch.int8, b.dtype is torch.int8),
-        *(a_scale, -_product(a_scale, a_zero_point), b_scale, -_product(b_scale, b_zero_point)),
-        *(_inverse(scale), zero_point, low, high),
-    )
+    operands = (a.dtype, a_scale, a_zero_point), (b.dtype, b_scale, b_zero_point)
+    numbers = sum_numbers(operands, scale, zero_point, low, high)
     result = partial(torch.empty_like, a, dtype=dtype)
     return Bound((a, b), LIBRARY.eagerq_add, (a.numel(), ctypes.byref(numbers)), result)
+
+
+@bound
+def mul(
+    a: Tensor,
+    a_scale: float,
+    a_zero_point: int,
+    b: Tensor,
+    b_scale: float,
+    b_zero_point: int,
+    scale: float,
+    zero_point: int,
+    dtype: torch.dtype,
+    low: int,
+    high: int,
+) -> Any:
+    """As :func:`eagerq.kernels.mul`, of two tensors of one shape and layout, or images and a value for each channel."""
+    if not _are_bytes(a, b, dtype) or not serves(a) or not serves(b):
+        return NotImplemented
+    sizes = _rows(a, b)
+    if sizes is None:
+        return NotImplemented
+    operands = (a.dtype, a_scale, a_zero_point), (b.dtype, b_scale, b_zero_point)
+    numbers = product_numbers(operands, scale, zero_point, low, high)
+    result = partial(torch.empty_like, a, dtype=dtype)
+    return Bound((a, b), LIBRARY.eagerq_mul, (*sizes, ctypes.byref(numbers)), result)
+
+
+def _are_bytes(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    return {a.dtype, b.dtype, dtype} <= {*_BYTES}
+
+
+def _rows(a: Tensor, b: Tensor) -> tuple[int, int, int] | None:
+    """Parts, rows of ``a`` in each, and how long a row is: all rows of a part meet the same one of ``b``."""
+    if a.shape == b.shape and a.stride() == b.stride():
+        return 1, 1, a.numel()
+    per_channel = a.dim() == 4 and b.shape == (*a.shape[:2], 1, 1)
+    if not (per_channel and a.is_contiguous(memory_format=torch.channels_last)):
+        return None
+    batch, channels, height, width = a.shape
+    return batch, height * width, channels
 
 
 def _single(value: float) -> float:
     return ctypes.c_float(value).value
 
 
-def _product(scale: float, zero_point: int) -> float:
-    return _single(_single(scale) * zero_point)
+def _product(scale: float, by: float) -> float:
+    return _single(_single(scale) * by)
 
 
 def _inverse(scale: float) -> float:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import eagerq
-from eagerq import native
+from eagerq import kernels, native
 from eagerq.functional import fake_quantize
 from eagerq.kernels import pooling, reference
 
@@ -61,6 +61,55 @@ def test_add(
     a, b = integers(count, one, 1), integers(count, other, 2)
     arguments = (a, a_scale, a_zero, b, b_scale, b_zero, *output)
     assert torch.equal(native.add(*arguments), reference.add(*arguments))
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.sampled_from([1, 3, 16, 70]), st.integers(1, 40), st.integers(1, 40)),
+    *(DTYPES, DTYPES, SCALES, SCALES, st.integers(-128, 255), st.integers(-128, 255), outputs()),
+    *(st.booleans(), st.booleans()),
+)
+def test_mul(
+    shape: tuple[int, ...],
+    one: Any,
+    other: Any,
+    a_scale: float,
+    b_scale: float,
+    a_zero: int,
+    b_zero: int,
+    output: Any,
+    last: bool,
+    channels: bool,
+) -> None:
+    layout = torch.channels_last if last else torch.contiguous_format
+    a = integers(math.prod(shape), one, 1).reshape(shape).contiguous(memory_format=layout)
+    b = integers(math.prod(shape), other, 2).reshape(shape).contiguous(memory_format=layout)
+    b = b[..., :1, :1].contiguous() if channels else b
+    arguments = (a, a_scale, a_zero, b, b_scale, b_zero, *output)
+    wanted, got = reference.mul(*arguments), native.mul(*arguments)
+    if channels and not a.is_contiguous(memory_format=torch.channels_last) and a.shape != b.shape:
+        assert got is NotImplemented
+    else:
+        assert torch.equal(got, wanted)
+        assert got.stride() == a.stride()
+    assert torch.equal(kernels.mul(*arguments), wanted)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, ::2], lambda x: x.expand(3, *x.shape), lambda x: x.int()])
+def test_mul_declines_what_it_does_not_read(change: Any) -> None:
+    x = integers(64, torch.uint8, 1).reshape(4, 16)
+    a, b = change(x), change(x.flip(0))
+    arguments = (a, 0.1, 3, b, 0.2, 7, 0.05, 9, torch.uint8, 0, 255)
+    assert native.mul(*arguments) is NotImplemented
+    assert torch.equal(kernels.mul(*arguments), reference.mul(*arguments))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_look_up_of_a_part(dim: int) -> None:
+    x, table = integers(4096, torch.uint8, 1).reshape(64, 64), integers(256, torch.uint8, 2)
+    for part in x.chunk(4, dim):
+        found = native.look_up(part, table)
+        assert torch.equal(found, table[part.long()])
+        assert found.is_contiguous()
 
 
 @given(COUNTS, outputs(), st.integers(0, 5))

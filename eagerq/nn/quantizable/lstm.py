@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from eagerq.errors import InvalidArgumentError, InvalidConfigError, InvalidInputError, UnsupportedError
 from eagerq.nn.quantizable.cell import LSTMCell, State
+from eagerq.nn.quantizable.in_c import sequence_in_c
 from eagerq.nn.quantizable.parts import cat, prepare_parts, qconfig_of, stack, zeros
+from eagerq.qtensor import QTensor
 
 __all__ = ["LSTM"]
 
@@ -35,6 +37,8 @@ class _LSTMSingleLayer(nn.Module):
         """Hidden states ``[length, batch, hidden_dim]`` of an input ``[length, batch, input_dim]``, and the last."""
         if x.shape[0] == 0:
             raise InvalidInputError("the sequence has no elements", module=self, remedy="pass at least one")
+        if isinstance(x, QTensor) and (all_at_once := sequence_in_c(self.cell, x, hidden)) is not None:
+            return all_at_once
         results = []
         for step in x.unbind(0):
             hidden = self.cell(step, hidden)
