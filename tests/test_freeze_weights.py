@@ -226,6 +226,30 @@ def test_changes_are_seen(frozen: Frozen, change: Callable[[Any], None], again: 
     assert torch.equal(result, frozen.model(images()))
 
 
+@pytest.mark.parametrize("change", [load, load_assigned, copy.deepcopy])
+def test_packed_when_the_plans_are_made_anew(frozen: Frozen, change: Callable[[Any], Any]) -> None:
+    frozen.add((images(1),))
+    all_of_them = frozen.pack_weights()
+    if change is copy.deepcopy:
+        frozen = copy.deepcopy(frozen)
+    else:
+        change(frozen.model)
+    assert given_up(frozen) == 0
+    assert frozen.pack_weights() == 0, "nothing is packed before it is used"
+    other = copy.deepcopy(frozen.model)
+    for x, there in ((images(), 0), (images(1), 4), (images(), 4), (images(1), 4)):
+        assert torch.equal(frozen(x), other(x))
+        assert given_up(frozen) == there, "given up when both plans are there, and not before"
+    plans = [plan for _, plan in frozen._plans.values()]
+    assert torch.equal(frozen(images()), other(images()))
+    assert [plan for _, plan in frozen._plans.values()] == plans
+    frozen.model(images())
+    for x in (images(), images(1)):
+        frozen(x)
+        assert given_up(frozen) == 0, "asked once, it is done once"
+    assert frozen.pack_weights() == all_of_them
+
+
 HOLDS: dict[str, Callable[[Tensor], Any]] = {
     "itself": lambda w: w,
     "view": lambda w: w.view(-1),

@@ -70,11 +70,12 @@ class Frozen(nn.Module):
     def _start(self) -> None:
         self._plans: dict[Any, tuple[_Guard, Plan] | None] = {}
         self._pieces: list[Tensor] = []  # memory of all plans
+        self._to_pack = False
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        del state["_plans"], state["_pieces"], state["_lock"]
+        del state["_plans"], state["_pieces"], state["_to_pack"], state["_lock"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -101,6 +102,13 @@ class Frozen(nn.Module):
             return known[1]
         if key in self._plans and known is None:
             return None
+        del known  # guards hold weights
+        plan = self._planned_anew(key, args)
+        if self._to_pack and not self._awaited():
+            self._pack()
+        return plan
+
+    def _planned_anew(self, key: Any, args: tuple[Any, ...]) -> Plan | None:
         take_back_weights(self.model)  # planning looks at them, and the guard is to hold after it
         guard = _Guard(self.model)
         if not guard.holds():
@@ -146,8 +154,11 @@ class Frozen(nn.Module):
         calling it, has them made again, bit for bit, and they stay; so does a call that no plan serves, and
         :meth:`add`. A weight that anybody else holds is not given up.
 
+        Plans made before a change of the model, such as ``load_state_dict``, read what is there no more: where there
+        are such, the weights are given up (again) as soon as calls have made all plans anew.
+
         Returns:
-            The bytes given up.
+            The bytes given up now.
 
         Example:
             >>> import eagerq
@@ -163,11 +174,25 @@ class Frozen(nn.Module):
             True
         """
         with self._lock:
-            holding = {key: known[1] for key, known in self._plans.items() if known is not None and known[0].holds()}
-            self._plans = {key: None for key, known in self._plans.items() if known is None}  # guards hold weights
-            given_up = give_up_weights(self.model) if holding else 0
-            self._plans |= {key: (_Guard(self.model), plan) for key, plan in holding.items()}
+            return self._pack()
+
+    def _awaited(self) -> set[Any]:
+        """The forms of arguments whose plans are to be made anew."""
+        return {key for key in self._wanted if key not in self._plans or not _stands(self._plans[key])}
+
+    def _pack(self) -> int:
+        awaited = self._awaited()
+        holding = {key: known[1] for key, known in self._plans.items() if known is not None and key not in awaited}
+        self._plans = {key: None for key, known in self._plans.items() if known is None}  # guards hold weights
+        self._to_pack = bool(awaited)
+        given_up = give_up_weights(self.model) if holding else 0
+        self._plans |= {key: (_Guard(self.model), plan) for key, plan in holding.items()}
         return given_up
+
+
+def _stands(known: tuple[_Guard, Plan] | None) -> bool:
+    """Whether a plan serves yet, or there can be none."""
+    return known is None or known[0].holds()
 
 
 def _look(x: Any) -> Any:
