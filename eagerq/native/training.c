@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "common.h"
+#include "nine.h"
 
 enum { LANES = 64 };
 
@@ -228,6 +229,7 @@ EXPORT int eagerq_fake_quantize_rows(const float *x, const float *factors, float
         return 0;
     }
     const i64 bytes = (width + 7) / 8;
+    const int nine = serves_nine(taps, width);
     int finite = 1;
 #pragma omp parallel for schedule(static) reduction(& : finite) if (rows * width > 2 * BLOCK)
     for (i64 row = 0; row < rows; row++) {
@@ -240,6 +242,11 @@ EXPORT int eagerq_fake_quantize_rows(const float *x, const float *factors, float
             low *= factor, high *= factor; /* rounding keeps the order, so these are the ends of the products */
             finite &= factor < 0 ? observe(q, row, high, low, &now) : observe(q, row, low, high, &now);
             fresh[row] = now;
+        }
+        if (nine) {
+            round_nine(from, factor, out + row * width, mask ? mask + row * bytes : 0, width, now.scale, (float)now.zero,
+                       (float)q->quant_min, (float)q->quant_max);
+            continue;
         }
         float *to = spare ? spare + omp_get_thread_num() * width : out + row * width;
         for (i64 at = 0; at < width; at += BLOCK)
@@ -289,17 +296,22 @@ EXPORT int eagerq_masked_rows(const float *grad, const u8 *mask, const float *x,
     const i64 bytes = (width + 7) / 8;
     float *spare = spare_rows(taps, width);
     if (taps > 1 && !spare) return 0;
+    const int nine = serves_nine(taps, width);
 #pragma omp parallel for schedule(static) if (rows * width > 2 * BLOCK)
     for (i64 row = 0; row < rows; row++) {
         i64 at = row * width;
         const float *from = grad + at;
+        const float *values = factors ? x + at : 0;
+        const float factor = factors ? factors[row] : 1.0f;
+        double sum;
         if (spare) {
-            float *turned = spare + omp_get_thread_num() * width;
-            turn_back(from, turned, width / taps, taps);
-            from = turned;
+            float *room = spare + omp_get_thread_num() * width;
+            if (nine) memcpy(room, from, width * sizeof *room);
+            else turn_back(from, room, width / taps, taps);
+            from = room;
         }
-        double sum = masked_block(from, mask + row * bytes, factors ? x + at : 0, factors ? factors[row] : 1.0f,
-                                  out + at, width);
+        if (nine) sum = masked_nine(from, mask + row * bytes, values, factor, out + at, width);
+        else sum = masked_block(from, mask + row * bytes, values, factor, out + at, width);
         if (factors) of_factors[row] = (float)sum;
     }
     free(spare);
