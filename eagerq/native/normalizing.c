@@ -7,8 +7,6 @@
 
 enum { LANES = 16 };
 
-#define PLANES(c) for (i64 n = 0, at = (c) * s->plane; n < s->batch; n++, at += s->channels * s->plane)
-
 /* Divide; the sum of the quotients, and their ends. */
 CLONES static double divide(const float *restrict x, float factor, float *restrict out, i64 n, float *ends) {
     double sums[LANES] = {0}, sum = 0;
@@ -71,6 +69,62 @@ CLONES static void normalize(float *x, u8 *restrict mask, int relu, i64 n, Line 
     }
 }
 
+/* How a channel lies in memory: planes, from one to the next so many values and bytes of the mask. Small planes are
+ * gathered to one, since what starts and ends a loop would cost more than their values. */
+typedef struct { i64 planes, plane, step, bytes; } Lie;
+
+enum { FEW = 4096, SMALL = 512 };
+
+static Lie lie_of(const Norm *s) {
+    return (Lie){s->batch, s->plane, s->channels * s->plane, s->channels * ((s->plane + 7) / 8)};
+}
+
+static int is_small(Lie lie) { return lie.planes > 1 && lie.plane < SMALL && lie.planes * lie.plane <= FEW; }
+
+#define EACH(lie) for (i64 n = 0, at = 0; n < (lie).planes; n++, at += (lie).step)
+
+static void gather(Lie lie, const float *restrict from, float *restrict to) {
+    EACH(lie) memcpy(to + n * lie.plane, from + at, lie.plane * sizeof *to);
+}
+
+static void scatter(Lie lie, const float *restrict from, float *restrict to) {
+    EACH(lie) memcpy(to + at, from + n * lie.plane, lie.plane * sizeof *to);
+}
+
+/* The bits of gathered planes, each of which starts on a byte of its own. */
+static void scatter_bits(Lie lie, const u8 *restrict from, u8 *restrict to) {
+    for (i64 n = 0; n < lie.planes; n++, to += lie.bytes) {
+        const i64 whole = (lie.plane + 7) / 8, first = n * lie.plane;
+        for (i64 j = 0; j < whole; j++) {
+            const u8 *two = from + first / 8 + j;
+            to[j] = (u8)((two[0] | two[1] << 8) >> first % 8);
+        }
+        if (lie.plane % 8) to[whole - 1] &= (u8)((1 << lie.plane % 8) - 1);
+    }
+}
+
+/* Forward, of the channel c that lies at y; its ends come with those of others. */
+static void normalize_channel(const Norm *s, i64 c, Lie lie, const float *y, float *out, u8 *mask, int relu, Ends *all) {
+    const double count = (double)lie.planes * lie.plane;
+    double sum = 0, spread = 0;
+    float ends[2] = {INFINITY, -INFINITY};
+    EACH(lie) sum += divide(y + at, s->factor[c], out + at, lie.plane, ends);
+    const float mean = (float)(sum / count);
+    EACH(lie) spread += spread_of(out + at, mean, lie.plane);
+    const Line line = line_of(s, c, mean, (float)spread, count);
+    EACH(lie) normalize(out + at, mask ? mask + n * lie.bytes : 0, relu, lie.plane, line);
+    widen(all, ends[0], ends[1], line);
+}
+
+static void normalize_small(const Norm *s, i64 c, Lie lie, const float *y, float *out, u8 *mask, int relu, Ends *all) {
+    float from[FEW], to[FEW];
+    u8 bits[FEW / 8 + 2];
+    gather(lie, y, from);
+    normalize_channel(s, c, (Lie){1, lie.planes * lie.plane, 0, 0}, from, to, mask ? bits : 0, relu, all);
+    scatter(lie, to, out);
+    if (mask) scatter_bits(lie, bits, mask);
+}
+
 /* What folding multiplies each channel by, weight / spread, and one in place of zero. */
 EXPORT void eagerq_fold(const float *weight, const float *spread, float *factor, i64 n) {
     for (i64 c = 0; c < n; c++) {
@@ -90,22 +144,16 @@ EXPORT void eagerq_fold_backward(const float *weight, const float *spread, const
 
 /* A row of the mask for each plane; it starts on a byte. A mask goes with a ReLU. */
 EXPORT void eagerq_batch_norm(const float *y, float *out, u8 *mask, int relu, const Norm *s) {
-    const i64 bytes = (s->plane + 7) / 8;
-    const double count = (double)s->batch * s->plane;
+    const Lie lie = lie_of(s);
     float low = INFINITY, high = -INFINITY;
     int strange = 0;
 #pragma omp parallel for schedule(static) reduction(min : low) reduction(max : high) reduction(| : strange) \
-    if (s->batch * s->channels * s->plane > 2 * BLOCK)
+    if (s->channels * lie.planes * lie.plane > 2 * BLOCK)
     for (i64 c = 0; c < s->channels; c++) {
-        double sum = 0, spread = 0;
-        float ends[2] = {INFINITY, -INFINITY};
-        PLANES(c) sum += divide(y + at, s->factor[c], out + at, s->plane, ends);
-        const float mean = (float)(sum / count);
-        PLANES(c) spread += spread_of(out + at, mean, s->plane);
-        const Line line = line_of(s, c, mean, (float)spread, count);
-        PLANES(c) normalize(out + at, mask ? mask + (n * s->channels + c) * bytes : 0, relu, s->plane, line);
+        const i64 at = c * lie.plane;
+        u8 *bits = mask ? mask + c * ((lie.plane + 7) / 8) : 0;
         Ends all = {low, high, strange};
-        widen(&all, ends[0], ends[1], line);
+        (is_small(lie) ? normalize_small : normalize_channel)(s, c, lie, y + at, out + at, bits, relu, &all);
         low = all.low, high = all.high, strange = all.strange;
     }
     tell_ends(s, (Ends){low, high, strange}, relu);
@@ -135,22 +183,38 @@ CLONES static void back(const float *g, const float *restrict x, float *of_x, i6
     for (i64 i = 0; i < n; i++) of_x[i] = (g[i] - to.level - (x[i] - to.centre) * to.part) * to.scale;
 }
 
+/* What a batch norm's gradient goes to. */
+typedef struct { float *of_factor, *of_weight, *of_bias; } Vectors;
+
+static void back_channel(const Norm *s, i64 c, Lie lie, const float *g, const float *y, float *of_y, Vectors to) {
+    const double count = (double)lie.planes * lie.plane;
+    const float centre = centre_of(s, c);
+    double sum = 0, with = 0;
+    EACH(lie) sums_of(g + at, y + at, centre, lie.plane, &sum, &with);
+    const Slope slope = slope_of(s, c, sum, with, count, to.of_factor, to.of_weight, to.of_bias);
+    EACH(lie) back(g + at, y + at, of_y + at, lie.plane, slope);
+}
+
 /* Gradients for y, factor, weight and bias; the division by the factor is in the constants. */
 EXPORT void eagerq_batch_norm_backward(const float *grad, const float *y, const u8 *mask, float *of_y, float *of_factor,
                                        float *of_weight, float *of_bias, const Norm *s) {
-    const i64 bytes = (s->plane + 7) / 8;
-    const double count = (double)s->batch * s->plane;
-#pragma omp parallel for schedule(static) if (s->batch * s->channels * s->plane > 2 * BLOCK)
+    const Lie lie = lie_of(s), one = {1, lie.planes * lie.plane, 0, 0};
+    const Vectors to = {of_factor, of_weight, of_bias};
+    const int small = is_small(lie);
+#pragma omp parallel for schedule(static) if (s->channels * lie.planes * lie.plane > 2 * BLOCK)
     for (i64 c = 0; c < s->channels; c++) {
-        const float *g = grad;
-        if (mask) {
-            PLANES(c) eagerq_keep(grad + at, mask + (n * s->channels + c) * bytes, of_y + at, s->plane);
-            g = of_y;
-        }
-        const float centre = centre_of(s, c);
-        double sum = 0, with = 0;
-        PLANES(c) sums_of(g + at, y + at, centre, s->plane, &sum, &with);
-        const Slope slope = slope_of(s, c, sum, with, count, of_factor, of_weight, of_bias);
-        PLANES(c) back(g + at, y + at, of_y + at, s->plane, slope);
+        const float *g = grad + c * lie.plane, *x = y + c * lie.plane;
+        float *out = of_y + c * lie.plane, kept[FEW], values[FEW];
+        const u8 *bits = mask ? mask + c * ((lie.plane + 7) / 8) : 0;
+        if (mask)
+            EACH(lie) eagerq_keep(g + at, bits + n * lie.bytes, small ? kept + n * lie.plane : out + at, lie.plane);
+        else if (small)
+            gather(lie, g, kept);
+        if (small) {
+            gather(lie, x, values);
+            back_channel(s, c, one, kept, values, kept, to);
+            scatter(lie, kept, out);
+        } else
+            back_channel(s, c, lie, mask ? out : g, x, out, to);
     }
 }
