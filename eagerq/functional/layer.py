@@ -16,6 +16,7 @@ from eagerq.native import Norm, Rounding
 __all__ = ["Convolving", "conv_bn_in_c"]
 
 _convolution: Any = torch.convolution  # torch's stubs leave out what moves the window
+_autograd: Any = torch._C._autograd
 
 
 class Convolving(NamedTuple):
@@ -69,6 +70,7 @@ class _ConvBn(torch.autograd.Function):
         y = y if native.serves(y) else y.contiguous()
         out, batch, ctx.passing = native.batch_norm(y, factor, gamma, beta, norm, relu, True)
         ctx.convolving, ctx.eps = convolving, norm.eps
+        ctx.alone = _autograd._top_saved_tensors_default_hooks(True) is None
         ctx.recipe = Recipe.of(weight, factor, to)
         kept = rounded if ctx.recipe is None else None
         ctx.save_for_backward(x, weight, gamma, beta, y, kept, inside, factor, spread, *batch)
@@ -82,8 +84,10 @@ class _ConvBn(torch.autograd.Function):
             found = _to_be_differentiated(ctx, grads[0], (x, weight, gamma, beta), spread)
             return *found, *(None,) * 5
         grad = in_order(grads[0], y.stride())
-        bits = ctx.passing.bits
-        gradients = native.batch_norm_backward(grad, y, factor, gamma, native.Batch(*batch), bits, ctx.eps)
+        # nobody else has seen y, unless a hook has that saves it
+        last = ctx.alone and not _autograd._get_current_graph_task_keep_graph()
+        statistics, bits = native.Batch(*batch), ctx.passing.bits
+        gradients = native.batch_norm_backward(grad, y, factor, gamma, statistics, bits, ctx.eps, over=last)
         of_y, of_factor, of_gamma, of_beta = gradients
         rounded = kept if ctx.recipe is None else ctx.recipe()
         of_x, of_rounded = ctx.convolving.backward(of_y, x, rounded, wanted[0], wanted[1] or wanted[2])

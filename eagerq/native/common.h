@@ -36,12 +36,50 @@ static inline void pack(u8 *restrict flags, u8 *restrict bits, i64 n) {
     }
 }
 
+/* Sixteen values at a time, where compilers would take what is done to them one by one. */
+typedef float Values __attribute__((vector_size(64)));
+typedef int32_t Words __attribute__((vector_size(64)));
+typedef double Eight __attribute__((vector_size(64)));
+typedef float Half __attribute__((vector_size(32)));
+
+static const Words BITS = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                           1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+
 /* The sixteen values whose bits are set, zero for the others. */
 static inline void masked16(const float *values, const u8 *bits, float *kept) {
-    uint32_t each = bits[0] | (uint32_t)bits[1] << 8, words[16];
-    memcpy(words, values, sizeof words);
-    for (int k = 0; k < 16; k++) words[k] &= 0u - ((each >> k) & 1u);
-    memcpy(kept, words, sizeof words);
+    const Words each = BITS & (bits[0] | bits[1] << 8);
+    Words words;
+    memcpy(&words, values, sizeof words);
+    words &= each != 0;
+    memcpy(kept, &words, sizeof words);
+}
+
+/* The smaller, or the larger, of two values each; what is there already stays where the other is not a number. */
+static inline void take_least(Values *least, const Values *x) {
+    const Words less = *x < *least;
+    *least = (Values)((less & (Words)*x) | (~less & (Words)*least));
+}
+
+static inline void take_most(Values *most, const Values *x) {
+    const Words more = *x > *most;
+    *most = (Values)((more & (Words)*x) | (~more & (Words)*most));
+}
+
+/* Sums of sixteen values each, in double. */
+typedef struct { Eight low, high; } Sums;
+
+static inline void add16(Sums *sums, const Values *x) {
+    Half halves[2];
+    memcpy(halves, x, sizeof *x);
+    sums->low += __builtin_convertvector(halves[0], Eight);
+    sums->high += __builtin_convertvector(halves[1], Eight);
+}
+
+static inline double total(const Sums *sums) {
+    double sum = 0;
+    for (int k = 0; k < 8; k++) sum += sums->low[k];
+    for (int k = 0; k < 8; k++) sum += sums->high[k];
+    return sum;
 }
 
 #endif

@@ -9,44 +9,45 @@ enum { LANES = 16 };
 
 /* Divide; the sum of the quotients, and their ends. */
 CLONES static double divide(const float *restrict x, float factor, float *restrict out, i64 n, float *ends) {
-    double sums[LANES] = {0}, sum = 0;
-    float least[LANES], most[LANES];
-    for (int k = 0; k < LANES; k++) least[k] = ends[0], most[k] = ends[1];
+    Sums sums = {{0}, {0}};
+    Values q, least = ends[0] - (Values){0}, most = ends[1] - (Values){0};
+    double sum = 0;
     const i64 whole = n / LANES * LANES;
-    for (i64 i = 0; i < whole; i += LANES)
-        for (int k = 0; k < LANES; k++) {
-            const float q = x[i + k] / factor;
-            out[i + k] = q;
-            sums[k] += q;
-            least[k] = q < least[k] ? q : least[k];
-            most[k] = q > most[k] ? q : most[k];
-        }
+    for (i64 i = 0; i < whole; i += LANES) {
+        memcpy(&q, x + i, sizeof q);
+        q /= factor;
+        memcpy(out + i, &q, sizeof q);
+        add16(&sums, &q);
+        take_least(&least, &q);
+        take_most(&most, &q);
+    }
     for (i64 i = whole; i < n; i++) {
-        const float q = x[i] / factor;
-        out[i] = q;
-        sum += q;
-        least[0] = q < least[0] ? q : least[0];
-        most[0] = q > most[0] ? q : most[0];
+        const float one = x[i] / factor;
+        out[i] = one;
+        sum += one;
+        ends[0] = one < ends[0] ? one : ends[0];
+        ends[1] = one > ends[1] ? one : ends[1];
     }
     for (int k = 0; k < LANES; k++) {
-        sum += sums[k];
         ends[0] = least[k] < ends[0] ? least[k] : ends[0];
         ends[1] = most[k] > ends[1] ? most[k] : ends[1];
     }
-    return sum;
+    return sum + total(&sums);
 }
 
 CLONES static double spread_of(const float *restrict x, float mean, i64 n) {
-    double sums[LANES] = {0}, sum = 0;
+    Sums sums = {{0}, {0}};
+    Values far;
+    double sum = 0;
     const i64 whole = n / LANES * LANES;
-    for (i64 i = 0; i < whole; i += LANES)
-        for (int k = 0; k < LANES; k++) {
-            const float far = x[i + k] - mean;
-            sums[k] += far * far;
-        }
+    for (i64 i = 0; i < whole; i += LANES) {
+        memcpy(&far, x + i, sizeof far);
+        far -= mean;
+        far *= far;
+        add16(&sums, &far);
+    }
     for (i64 i = whole; i < n; i++) sum += (x[i] - mean) * (x[i] - mean);
-    for (int k = 0; k < LANES; k++) sum += sums[k];
-    return sum;
+    return sum + total(&sums);
 }
 
 CLONES static void normalize(float *x, u8 *restrict mask, int relu, i64 n, Line line) {
@@ -166,55 +167,80 @@ CLONES void eagerq_keep(const float *restrict grad, const u8 *restrict mask, flo
     for (i64 i = whole; i < n; i++) out[i] = (mask[i / 8] >> (i % 8)) & 1 ? grad[i] : 0.0f;
 }
 
-/* Sums of the gradient, and of the gradient times the distance from the centre. */
-CLONES static void sums_of(const float *g, const float *restrict x, float centre, i64 n, double *sum, double *with) {
-    float sums[LANES] = {0}, products[LANES] = {0};
+static inline void kept16(const float *grad, const u8 *mask, i64 i, Values *kept) {
+    if (mask) masked16(grad + i, mask + i / 8, (float *)kept);
+    else memcpy(kept, grad + i, sizeof *kept);
+}
+
+static inline float kept_one(const float *grad, const u8 *mask, i64 i) {
+    return !mask || (mask[i / 8] >> (i % 8)) & 1 ? grad[i] : 0.0f;
+}
+
+/* Sums of the gradient where the bit is set (everywhere without bits), and of it times the distance from the centre. */
+CLONES static void sums_of(const float *grad, const u8 *mask, const float *x, float centre, i64 n, double *sum,
+                           double *with) {
+    Values sums = {0}, products = {0}, g, values;
     const i64 whole = n / LANES * LANES;
-    for (i64 i = 0; i < whole; i += LANES)
-        for (int k = 0; k < LANES; k++) {
-            sums[k] += g[i + k];
-            products[k] += g[i + k] * (x[i + k] - centre);
-        }
-    for (i64 i = whole; i < n; i++) *sum += g[i], *with += g[i] * (x[i] - centre);
+    for (i64 i = 0; i < whole; i += LANES) {
+        kept16(grad, mask, i, &g);
+        memcpy(&values, x + i, sizeof values);
+        sums += g;
+        products += g * (values - centre);
+    }
+    for (i64 i = whole; i < n; i++) {
+        const float one = kept_one(grad, mask, i);
+        *sum += one, *with += one * (x[i] - centre);
+    }
     for (int k = 0; k < LANES; k++) *sum += sums[k], *with += products[k];
 }
 
-CLONES static void back(const float *g, const float *restrict x, float *of_x, i64 n, Slope to) {
-    for (i64 i = 0; i < n; i++) of_x[i] = (g[i] - to.level - (x[i] - to.centre) * to.part) * to.scale;
+/* of_x may be where x is */
+CLONES static void back(const float *grad, const u8 *mask, const float *x, float *of_x, i64 n, Slope to) {
+    const i64 whole = n / LANES * LANES;
+    for (i64 i = 0; i < whole; i += LANES) {
+        Values g, values;
+        kept16(grad, mask, i, &g);
+        memcpy(&values, x + i, sizeof values);
+        values = (g - to.level - (values - to.centre) * to.part) * to.scale;
+        memcpy(of_x + i, &values, sizeof values);
+    }
+    for (i64 i = whole; i < n; i++)
+        of_x[i] = (kept_one(grad, mask, i) - to.level - (x[i] - to.centre) * to.part) * to.scale;
 }
 
 /* What a batch norm's gradient goes to. */
-typedef struct { float *of_factor, *of_weight, *of_bias; } Vectors;
+typedef struct { float *of_y, *of_factor, *of_weight, *of_bias; } Gradients;
 
-static void back_channel(const Norm *s, i64 c, Lie lie, const float *g, const float *y, float *of_y, Vectors to) {
-    const double count = (double)lie.planes * lie.plane;
+/* Backward, of the channel c that lies at y. */
+static void back_channel(const Norm *s, i64 c, Lie lie, const float *grad, const u8 *mask, const float *y, Gradients to) {
     const float centre = centre_of(s, c);
     double sum = 0, with = 0;
-    EACH(lie) sums_of(g + at, y + at, centre, lie.plane, &sum, &with);
+    EACH(lie) sums_of(grad + at, mask ? mask + n * lie.bytes : 0, y + at, centre, lie.plane, &sum, &with);
+    const double count = (double)lie.planes * lie.plane;
     const Slope slope = slope_of(s, c, sum, with, count, to.of_factor, to.of_weight, to.of_bias);
-    EACH(lie) back(g + at, y + at, of_y + at, lie.plane, slope);
+    EACH(lie) back(grad + at, mask ? mask + n * lie.bytes : 0, y + at, to.of_y + at, lie.plane, slope);
 }
 
-/* Gradients for y, factor, weight and bias; the division by the factor is in the constants. */
+static void back_small(const Norm *s, i64 c, Lie lie, const float *grad, const u8 *mask, const float *y, Gradients to) {
+    float from[FEW], values[FEW], *of_y = to.of_y;
+    if (mask) EACH(lie) eagerq_keep(grad + at, mask + n * lie.bytes, from + n * lie.plane, lie.plane);
+    else gather(lie, grad, from);
+    gather(lie, y, values);
+    to.of_y = values;
+    back_channel(s, c, (Lie){1, lie.planes * lie.plane, 0, 0}, from, 0, values, to);
+    scatter(lie, values, of_y);
+}
+
+/* Gradients for y, factor, weight and bias; the division by the factor is in the constants. That for y may be where y
+ * is. */
 EXPORT void eagerq_batch_norm_backward(const float *grad, const float *y, const u8 *mask, float *of_y, float *of_factor,
                                        float *of_weight, float *of_bias, const Norm *s) {
-    const Lie lie = lie_of(s), one = {1, lie.planes * lie.plane, 0, 0};
-    const Vectors to = {of_factor, of_weight, of_bias};
-    const int small = is_small(lie);
+    const Lie lie = lie_of(s);
 #pragma omp parallel for schedule(static) if (s->channels * lie.planes * lie.plane > 2 * BLOCK)
     for (i64 c = 0; c < s->channels; c++) {
-        const float *g = grad + c * lie.plane, *x = y + c * lie.plane;
-        float *out = of_y + c * lie.plane, kept[FEW], values[FEW];
+        const i64 at = c * lie.plane;
         const u8 *bits = mask ? mask + c * ((lie.plane + 7) / 8) : 0;
-        if (mask)
-            EACH(lie) eagerq_keep(g + at, bits + n * lie.bytes, small ? kept + n * lie.plane : out + at, lie.plane);
-        else if (small)
-            gather(lie, g, kept);
-        if (small) {
-            gather(lie, x, values);
-            back_channel(s, c, one, kept, values, kept, to);
-            scatter(lie, kept, out);
-        } else
-            back_channel(s, c, lie, mask ? out : g, x, out, to);
+        const Gradients to = {of_y + at, of_factor, of_weight, of_bias};
+        (is_small(lie) ? back_small : back_channel)(s, c, lie, grad + at, bits, y + at, to);
     }
 }

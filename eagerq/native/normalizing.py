@@ -89,9 +89,14 @@ def batch_norm_backward(
     batch: Batch,
     bits: Tensor | None,
     eps: float,
+    over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for ``y``, ``factor``, ``weight`` and ``bias``."""
-    gradients = torch.empty_like(y), *(torch.empty_like(factor) for _ in range(3))
+    """Gradients for ``y``, ``factor``, ``weight`` and ``bias``.
+
+    Args:
+        over: that for ``y`` takes its memory.
+    """
+    gradients = y if over else torch.empty_like(y), *(torch.empty_like(factor) for _ in range(3))
     vectors = factor, weight, None, None, None, *batch, None
     run = LIBRARY.eagerq_batch_norm_backward if y.is_contiguous() else LIBRARY.eagerq_batch_norm_last_backward
     served = run(

@@ -111,11 +111,19 @@ CLONES static void sum_gradients(const float *restrict g, const float *restrict 
         }
 }
 
-CLONES static void back_rows(const float *g, const float *restrict x, float *of_x, i64 rows, i64 channels,
+CLONES static void back_rows(const float *restrict g, const float *x, float *of_x, i64 rows, i64 channels,
                              const float *restrict centre, const float *restrict part, const float *restrict level,
                              const float *restrict scale) {
     for (i64 row = 0; row < rows; row++, g += channels, x += channels, of_x += channels)
+#pragma GCC ivdep /* of_x may be where x is: each value is read before it is written */
         for (i64 c = 0; c < channels; c++) of_x[c] = (g[c] - level[c] - (x[c] - centre[c]) * part[c]) * scale[c];
+}
+
+/* The gradient of a tile, as it is or where the bit is set. */
+static const float *kept(const float *grad, const u8 *mask, i64 at, i64 count, float *spare) {
+    if (!mask) return grad + at;
+    eagerq_keep(grad + at, mask + at / 8, spare, count);
+    return spare;
 }
 
 /* See eagerq_batch_norm_backward. Returns 0, with nothing done, without memory. */
@@ -124,18 +132,16 @@ EXPORT int eagerq_batch_norm_last_backward(const float *grad, const float *y, co
     const i64 n = s->channels;
     const Parts p = parts_of(s);
     double *sums = calloc(p.spans * 2 * n, sizeof *sums);
-    float *slopes = malloc(4 * n * sizeof *slopes);
-    const int served = sums && slopes;
+    float *slopes = malloc(4 * n * sizeof *slopes), *spare = mask ? malloc(p.spans * p.tile * n * sizeof *spare) : 0;
+    const int served = sums && slopes && (spare || !mask);
     if (served) {
         float *centre = slopes, *part = centre + n, *level = part + n, *scale = level + n;
-        const float *g = mask ? of_y : grad;
         for (i64 c = 0; c < n; c++) centre[c] = centre_of(s, c);
 #pragma omp parallel for schedule(static) if (p.spans > 1)
         for (i64 span = 0; span < p.spans; span++)
             TILES(first, many) {
-                const i64 at = first * n;
-                if (mask) eagerq_keep(grad + at, mask + at / 8, of_y + at, many * n);
-                sum_gradients(g + at, y + at, many, n, centre, sums + span * 2 * n, sums + span * 2 * n + n);
+                const float *g = kept(grad, mask, first * n, many * n, spare + span * p.tile * n);
+                sum_gradients(g, y + first * n, many, n, centre, sums + span * 2 * n, sums + span * 2 * n + n);
             }
         for (i64 c = 0; c < n; c++) {
             double sum = 0, with = 0;
@@ -144,11 +150,12 @@ EXPORT int eagerq_batch_norm_last_backward(const float *grad, const float *y, co
             part[c] = slope.part, level[c] = slope.level, scale[c] = slope.scale;
         }
 #pragma omp parallel for schedule(static) if (p.spans > 1)
-        for (i64 span = 0; span < p.spans; span++) {
-            const i64 first = span * p.span, at = first * n;
-            back_rows(g + at, y + at, of_y + at, UP_TO(first, p.span, p.rows), n, centre, part, level, scale);
-        }
+        for (i64 span = 0; span < p.spans; span++)
+            TILES(first, many) {
+                const float *g = kept(grad, mask, first * n, many * n, spare + span * p.tile * n);
+                back_rows(g, y + first * n, of_y + first * n, many, n, centre, part, level, scale);
+            }
     }
-    free(sums), free(slopes);
+    free(sums), free(slopes), free(spare);
     return served;
 }

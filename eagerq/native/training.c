@@ -263,19 +263,22 @@ EXPORT int eagerq_fake_quantize_rows(const float *x, const float *factors, float
 /* out = grad · factor where the bit is set, else 0; returns the sum of grad · x there, if there is an x */
 CLONES static double masked_block(const float *grad, const u8 *restrict mask, const float *restrict x,
                                   float factor, float *out, i64 n) {
-    float sums[16] = {0};
+    Values sums = {0}, kept, values;
     double sum = 0;
     i64 whole = n / 16 * 16;
     for (i64 i = 0; i < whole; i += 16) {
-        float kept[16];
-        masked16(grad + i, mask + i / 8, kept);
-        if (x) for (int k = 0; k < 16; k++) sums[k] += kept[k] * x[i + k];
-        for (int k = 0; k < 16; k++) out[i + k] = kept[k] * factor;
+        masked16(grad + i, mask + i / 8, (float *)&kept);
+        if (x) {
+            memcpy(&values, x + i, sizeof values);
+            sums += kept * values;
+        }
+        kept *= factor;
+        memcpy(out + i, &kept, sizeof kept);
     }
     for (i64 i = whole; i < n; i++) {
-        float kept = (mask[i / 8] >> (i % 8)) & 1 ? grad[i] : 0.0f;
-        if (x) sum += kept * x[i];
-        out[i] = kept * factor;
+        float one = (mask[i / 8] >> (i % 8)) & 1 ? grad[i] : 0.0f;
+        if (x) sum += one * x[i];
+        out[i] = one * factor;
     }
     for (int k = 0; k < 16; k++) sum += sums[k];
     return sum;

@@ -248,6 +248,18 @@ def test_saved_tensors_go_through_the_user_s_hooks() -> None:
     assert any(saved.shape == data().shape for saved in packed)
 
 
+def test_what_a_hook_keeps_stays() -> None:
+    """Gradients take the memory of what nobody else has."""
+    packed: list[tuple[Tensor, Tensor]] = []
+    layer = made()
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: packed.append((saved, saved.clone())) or saved, _same):
+        out = layer(data().requires_grad_())
+    out.square().sum().backward()
+    assert len(packed) > 5
+    for saved, before in packed:
+        assert torch.equal(saved, before)
+
+
 def _same(kept: Tensor) -> Tensor:
     return kept
 
