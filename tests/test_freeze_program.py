@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import eagerq
 from eagerq import native
+from eagerq.kernels import activation as tables
 from eagerq.nn.quantized import FloatFunctional
 
 programs = importlib.import_module("eagerq.freeze.program")
@@ -96,6 +97,56 @@ def test_image_by_image(model: nn.Module, sizes: list[int], batch: int, planned_
         for seed in (1, 2):
             for one, wanted in zip(frozen(images(batch, seed)), model(images(batch, seed)), strict=True):
                 assert torch.equal(one, wanted)
+
+
+class Gated(nn.Module):
+    """Activations by tables, and a factor for each channel of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen, self.gate, self.narrow = nn.Conv2d(3, 48, 1), nn.Conv2d(48, 48, 1), nn.Conv2d(48, 8, 1)
+        self.act, self.open, self.scale = nn.Hardswish(), nn.Hardsigmoid(), FloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.widen(x))
+        return self.narrow(self.scale.mul(self.open(self.gate(F.adaptive_avg_pool2d(x, 1))), x))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_tables_and_gates(batch: int) -> None:
+    torch.manual_seed(0)
+    net = eagerq.QuantWrapper(Gated()).eval()
+    net.qconfig = eagerq.get_default_qconfig("onednn")  # type: ignore[assignment]
+    prepared = eagerq.prepare(net)
+    prepared(images(4))
+    model = eagerq.convert(prepared)
+    frozen = eagerq.freeze(model, (images(batch),))
+    (_, plan) = next(iter(frozen._plans.values()))
+    assert len(plan._calls) == 1
+    wanted = [model(images(batch, seed)) for seed in (1, 2)]
+    tables._table.cache_clear()  # the plan keeps those that it reads
+    junk = [torch.full((256,), 7, dtype=torch.uint8) for _ in range(64)]
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert all(torch.equal(frozen(images(batch, seed)), one) for seed, one in zip((1, 2), wanted, strict=True))
+    del junk
+
+
+def test_a_table_for_a_part() -> None:
+    """What lies apart is copied first, at each call."""
+    act = eagerq.nn.quantized.Hardswish(0.05, 10)
+
+    def quantized(seed: int) -> eagerq.QTensor:
+        return eagerq.quantize_per_tensor(images(2, seed), 0.05, 128, torch.uint8)
+
+    class Half(nn.Module):
+        def forward(self, x: eagerq.QTensor) -> eagerq.QTensor:
+            return act(x[..., ::2])
+
+    frozen = eagerq.freeze(Half().eval(), (quantized(0),))
+    for seed in (1, 2):
+        assert torch.equal(frozen(quantized(seed)), Half()(quantized(seed)))
 
 
 def test_one_image_goes_whole(model: nn.Module, sizes: list[int]) -> None:

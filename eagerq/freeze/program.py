@@ -152,7 +152,7 @@ class Program:
         if out is not None:
             self._place(step.places[2], out, step.images)
         self._steps.append(step)
-        self._alive += [call.rest, out, group, *read]
+        self._alive += [call.rest, call.kept, out, group, *read]
 
     def give(self, slot: int, result: Tensor) -> None:
         """Let the last call write to a new tensor like ``result``, found in its slot."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eagerq.native.library import LIBRARY, dense, serves
-from eagerq.native.recording import recorded
+from eagerq.native.recording import Bound, bound, recorded
 
 __all__ = ["layer_norm", "look_up", "quantize_dynamic"]
 
@@ -27,15 +28,20 @@ class _Norm(ctypes.Structure):
     ]
 
 
-@recorded
-def look_up(x: Tensor, table: Tensor) -> Any:
-    """``table[x]`` byte for byte, both without a sign; it lies in memory as ``x`` does, but for gaps."""
-    x = x if dense(x) else x.clone()
+@bound
+def _look_up(x: Tensor, table: Tensor) -> Any:
     if x.dtype not in _BYTES or not serves(x):
         return NotImplemented
-    out = torch.empty_like(x, dtype=table.dtype)
-    LIBRARY.eagerq_look_up(x.data_ptr(), table.data_ptr(), out.data_ptr(), x.numel())
-    return out
+    result = partial(torch.empty_like, x, dtype=table.dtype)
+    return Bound((x,), LIBRARY.eagerq_look_up, (table.data_ptr(), x.numel()), result, kept=table)
+
+
+def look_up(x: Tensor, table: Tensor) -> Any:
+    """``table[x]`` byte for byte, both without a sign; it lies in memory as ``x`` does, but for gaps."""
+    return _look_up(x if dense(x) else x.clone(), table)
+
+
+look_up.unrecorded = _look_up.unrecorded  # type: ignore[attr-defined]  # a tape hears of what it does
 
 
 @recorded

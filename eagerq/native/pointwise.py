@@ -81,6 +81,8 @@ def mul(
     """As :func:`eagerq.kernels.mul`, of two tensors of one shape and layout, or images and a value for each channel."""
     if not _are_bytes(a, b, dtype) or not serves(a) or not serves(b):
         return NotImplemented
+    if a.numel() < b.numel():
+        (a, a_scale, a_zero_point), (b, b_scale, b_zero_point) = (b, b_scale, b_zero_point), (a, a_scale, a_zero_point)
     sizes = _rows(a, b)
     if sizes is None:
         return NotImplemented

@@ -8,6 +8,7 @@ void eagerq_conv(const u8 *x, u8 *out, const Layer *layer, const Conv *c);
 void eagerq_depthwise(const u8 *x, u8 *out, const Layer *layer, const Conv *c);
 void eagerq_linear(const u8 *x, u8 *out, const Layer *layer, const Conv *c);
 void eagerq_add(const u8 *a, const u8 *b, u8 *out, i64 n, const struct Pair *p);
+void eagerq_look_up(const u8 *x, u8 *out, const u8 *table, i64 n);
 void eagerq_mul(const u8 *a, const u8 *b, u8 *out, i64 outer, i64 again, i64 n, const struct Pair *p);
 void eagerq_quantize(const float *x, u8 *out, i64 n, float inverse, float zero, float low, float high);
 void eagerq_dequantize(const u8 *q, float *out, i64 n, float zero, float scale, int is_signed);
@@ -17,7 +18,7 @@ void eagerq_mean(const u8 *x, u8 *out, i64 batch, i64 pixels, i64 channels, floa
                  int is_signed);
 
 /* in the order of eagerq.native.program */
-enum { CONV, DEPTHWISE, LINEAR, ADD, QUANTIZE, DEQUANTIZE, MAX_POOL, MEAN, MUL };
+enum { CONV, DEPTHWISE, LINEAR, ADD, QUANTIZE, DEQUANTIZE, MAX_POOL, MEAN, MUL, LOOK_UP };
 
 /* Memory that is read or written. Of a batch that goes image by image, one begins so many bytes after the other,
  * or one thread's after the other's where `own` says that each has its memory for itself. */
@@ -59,6 +60,7 @@ static void run_step(const Step *s, i64 image, i64 thread) {
     else if (s->kind == MAX_POOL)
         eagerq_max_pool(x, out, count, n[1], n[2], n[3], n[4], n[5], s->pointers[0], (int)n[6]);
     else if (s->kind == MEAN) eagerq_mean(x, out, count, n[1], n[2], r[0], r[1], r[2], (int)n[3]);
+    else if (s->kind == LOOK_UP) eagerq_look_up(x, out, s->pointers[0], count);
     else if (s->kind == MUL) /* of one part, all images' values are side by side */
         eagerq_mul(x, other, out, n[0] > 1 ? count : 1, n[1], n[0] > 1 ? n[2] : n[2] / parts, s->pointers[0]);
 }

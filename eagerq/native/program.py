@@ -11,7 +11,7 @@ from eagerq.native.library import LIBRARY
 __all__ = ["Step", "runner", "step"]
 
 # in the order of program.c
-_KINDS = ("conv", "depthwise", "linear", "add", "quantize", "dequantize", "max_pool", "mean", "mul")
+_KINDS = ("conv", "depthwise", "linear", "add", "quantize", "dequantize", "max_pool", "mean", "mul", "look_up")
 _FIELDS = {
     ctypes.c_void_p: "pointers",
     ctypes.c_int64: "numbers",

@@ -54,6 +54,7 @@ class Bound(NamedTuple):
     Attributes:
         result: makes the tensor that the result is written to.
         weight: bytes of parameters that it reads.
+        kept: what lies at addresses among the rest, if nothing there keeps it alive.
     """
 
     read: tuple[Tensor, ...]
@@ -61,6 +62,7 @@ class Bound(NamedTuple):
     rest: tuple[Any, ...]
     result: Callable[[], Tensor]
     weight: int = 0
+    kept: Any = None
 
 
 def bound(binding: Callable[_Arguments, Bound]) -> Callable[_Arguments, Tensor]:
@@ -74,7 +76,7 @@ def bound(binding: Callable[_Arguments, Bound]) -> Callable[_Arguments, Tensor]:
         told = binding(*args)  # type: ignore[call-arg]
         if told is NotImplemented:
             return told
-        read, function, rest, result, _ = told
+        read, function, rest, result, *_ = told
         out = result()
         function(*[x.data_ptr() for x in read], out.data_ptr(), *rest)
         return out

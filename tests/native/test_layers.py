@@ -21,7 +21,7 @@ from eagerq.kernels.activation import look_up
 pytestmark = pytest.mark.skipif(not native.available, reason="the C library was not built: no compiler at installation")
 
 # around the vector widths, and beyond where the work is split between threads
-COUNTS = st.sampled_from([1, 7, 16, 63, 65, 8191, 8193, 40_000])
+COUNTS = st.sampled_from([1, 7, 16, 63, 64, 65, 8191, 8193, 40_000])
 
 
 def reals(count: int, seed: int, power: bool) -> Tensor:

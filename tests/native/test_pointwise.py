@@ -91,6 +91,7 @@ def test_mul(
     else:
         assert torch.equal(got, wanted)
         assert got.stride() == a.stride()
+        assert torch.equal(native.mul(b, b_scale, b_zero, a, a_scale, a_zero, *output), wanted)
     assert torch.equal(kernels.mul(*arguments), wanted)
 
 
