@@ -90,10 +90,11 @@ class FakeQuantizeBase(_WithArgs, ABC, UpgradingModule):
     def _read_switches(self) -> None:
         if torch.compiler.is_compiling():
             return
+        # nn.Module's own setting of an attribute takes longer than all the rest
         if (buffer := self._changed("fake_quant_enabled")) is not None:
-            self._fake_quant_on = bool(buffer.item())
+            self.__dict__["_fake_quant_on"] = bool(buffer.item())
         if (buffer := self._changed("observer_enabled")) is not None:
-            self._observer_on = bool(buffer.item())
+            self.__dict__["_observer_on"] = bool(buffer.item())
 
     def _upgrade_state(self, state: MutableMapping[str, Any], prefix: str, version: int | None) -> None:
         super()._upgrade_state(state, prefix, version)
