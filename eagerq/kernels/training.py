@@ -144,13 +144,13 @@ def _observed(
     return result
 
 
-def observed_rows(x: Tensor, factor: Tensor | None, to: Rounding, skipped: Tensor | None) -> Tensor:
+def observed_rows(x: Tensor, factor: Tensor | None, to: Rounding, skipped: Tensor | None, last: bool) -> Tensor:
     """Round rows of a weight ``x·factor``, taken into the running range first if ``to`` has one; not in a graph.
 
-    Returns:
-        The rounded weight, of a convolution of images in channels_last.
+    Args:
+        last: store the result, if it is a convolution's of images, in channels_last.
     """
-    result = native.fake_quantize(x, to, factor, mask=False, last=True)
+    result = native.fake_quantize(x, to, factor, mask=False, last=last)
     if result is None:
         assert to.running is not None
         assert skipped is not None

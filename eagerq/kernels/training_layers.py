@@ -33,7 +33,18 @@ class Geometry(NamedTuple):
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
     *window, groups = geometry
-    return ready(torch.ops.aten.convolution(x, weight, bias, *window, False, [0], groups))
+    y: Tensor = torch.ops.aten.convolution(x, weight, bias, *window, False, [0], groups)
+    return y
+
+
+def _is_heavy(x: Tensor, weight: Tensor) -> bool:
+    """Whether all but the images had better stay contiguous: oneDNN takes long to turn weights from channels_last, and
+    torch to turn their gradients into it."""
+    return weight.is_contiguous() and weight[0, 0].numel() > 1 and weight.numel() > 8 * x.numel()
+
+
+def _in_working_order(x: Tensor, heavy: bool) -> Tensor:
+    return x.contiguous() if heavy else ready(x)
 
 
 class _Settings(NamedTuple):
@@ -84,10 +95,11 @@ def _convolved(
     if len(rest) > 7:
         low, high, skipped, constant, symmetric = rest[7:]
         to = to._replace(running=Running(low, high, constant, symmetric))
-    rounded = observed_rows(weight, used, to, skipped)
+    heavy = _is_heavy(x, weight)
+    rounded = observed_rows(weight, used, to, skipped, last=not heavy)
     if dead is not None:
         rounded[dead] = 0
-    y = _convolution(ready(x), rounded, bias, settings.geometry)
+    y = _in_working_order(_convolution(_in_working_order(x, heavy), rounded, bias, settings.geometry), heavy)
     above = native.rectify_(y) if settings.relu else y.new_empty(0, dtype=torch.uint8)
     return stored(y, x), above, scale.clone(), zero_point.clone()
 
@@ -101,8 +113,8 @@ def _like_convolved(
     return y, above, torch.empty_like(scale), torch.empty_like(zero_point)
 
 
-def _rounded_again(weight: Tensor, to: Rounding, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    result = native.fake_quantize(weight, to, factor, mask=True, last=True)
+def _rounded_again(weight: Tensor, to: Rounding, factor: Tensor | None, last: bool) -> tuple[Tensor, Tensor]:
+    result = native.fake_quantize(weight, to, factor, mask=True, last=last)
     assert result is not None
     assert result[1] is not None
     return result[0], result[1]
@@ -119,14 +131,17 @@ def _convolved_backward(
     *rest: Any,
 ) -> Any:
     settings, wanted = _Settings(*rest[:7]), rest[7]
-    grad = ready(grad)
+    heavy = _is_heavy(x, weight)
+    grad = _in_working_order(grad, heavy)
     grad = native.masked(grad, above) if settings.relu else grad
     weight, used, dead, to = _scaled(weight, factor, scale, zero_point, settings)
-    rounded, inside = _rounded_again(weight, to, used)
+    rounded, inside = _rounded_again(weight, to, used, last=not heavy)
     effective = rounded if dead is None else rounded.masked_fill(dead.reshape(-1, *[1] * (weight.dim() - 1)), 0)
     *window, groups = settings.geometry
     how = *window, False, [0] * len(settings.stride), groups
-    found = torch.ops.aten.convolution_backward(grad, ready(x), effective, [len(weight)], *how, wanted)
+    found = torch.ops.aten.convolution_backward(
+        grad, _in_working_order(x, heavy), effective, [len(weight)], *how, wanted
+    )
     of_x, of_rounded, of_bias = (grad.new_empty(0) if one is None else one for one in found)
     of_x = stored(of_x, x) if wanted[0] else of_x
     if not wanted[1]:

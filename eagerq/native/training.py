@@ -177,7 +177,7 @@ def masked_rows(
 
 def masked_rows_(grad: Tensor, inside: Tensor, weight: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """As :func:`masked_rows`, in the memory of ``grad``: that may be channels_last, and gets the weight's order."""
-    taps = _taps_of(weight)
+    taps = 1 if grad.is_contiguous() else _taps_of(weight)
     out = grad.as_strided(weight.shape, weight.stride())
     return _masked_rows(grad, inside, weight, factor, len(weight), out, taps)
 
