@@ -18,7 +18,13 @@ from torch import Tensor
 from eagerq.checkpoint import UpgradingModule
 from eagerq.observer.base import _WithArgs
 
-__all__ = ["FakeQuantizeBase"]
+__all__ = ["FakeQuantizeBase", "buffer_of"]
+
+
+def buffer_of(module: Any, name: str) -> Any:
+    """``module.name``, found sooner where it is a buffer."""
+    found = module._buffers.get(name)
+    return getattr(module, name) if found is None else found
 
 
 class FakeQuantizeBase(_WithArgs, ABC, UpgradingModule):
@@ -80,9 +86,9 @@ class FakeQuantizeBase(_WithArgs, ABC, UpgradingModule):
         """The switch's buffer, if somebody replaced it or wrote to it since we last looked."""
         buffer = self._buffers[name]
         seen, version = self._seen.get(name, (None, -1))
-        if buffer is None or buffer.is_meta:
+        if buffer is seen and version >= 0 and buffer is not None and buffer._version == version:
             return None
-        if buffer is seen and not buffer.is_inference() and buffer._version == version:
+        if buffer is None or buffer.is_meta:
             return None
         self._remember(name, buffer)
         return buffer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eagerq.checkpoint import bad_qparams
 from eagerq.errors import InvalidConfigError
-from eagerq.fake_quantize.base import FakeQuantizeBase
+from eagerq.fake_quantize.base import FakeQuantizeBase, buffer_of
 from eagerq.functional import (
     Rounding,
     Running,
@@ -145,8 +145,8 @@ class FakeQuantize(FakeQuantizeBase):
         return None if to is None else round_over_in_graph(made, to, self.nonfinite_batches)
 
     def _forward(self, x: Tensor, factor: Tensor | None, own: bool = False) -> Tensor:
-        self._read_switches()
-        if self._fake_quant_on and (rounded := self._in_one_go(x, factor, own)) is not None:
+        rounded = self._in_graph(x, factor) if torch.compiler.is_compiling() else self._in_c(x, factor, own)
+        if rounded is not None:
             return rounded
         if factor is not None:
             x = x * factor.reshape(channel_shape(x.dim(), 0))
@@ -162,12 +162,13 @@ class FakeQuantize(FakeQuantizeBase):
             x = fake_quantize(x, *qparams, self.quant_min, self.quant_max, axis)
         return x
 
-    def _in_one_go(self, x: Tensor, factor: Tensor | None, own: bool) -> Tensor | None:
-        if torch.compiler.is_compiling():
-            to = self.rounding()
-            if to is None or (factor is not None and not to.rows):
-                return None
-            return rounded_in_graph(x, to, factor, self.nonfinite_batches)
+    def _in_graph(self, x: Tensor, factor: Tensor | None) -> Tensor | None:
+        to = self.rounding()
+        if to is None or (factor is not None and not to.rows):
+            return None
+        return rounded_in_graph(x, to, factor, self.nonfinite_batches)
+
+    def _in_c(self, x: Tensor, factor: Tensor | None, own: bool) -> Tensor | None:
         to = self.rounding_of(x)
         if to is None or (factor is not None and not to.rows):
             return None
@@ -176,17 +177,20 @@ class FakeQuantize(FakeQuantizeBase):
 
     def rounding(self) -> Rounding | None:
         """What :meth:`forward` does at present, if that is to round in one pass, by rows or all alike."""
-        running = self._running() if self._observer_on else None
         other = self.is_per_channel and self.ch_axis != 0
-        if other or not self._fake_quant_on or (self._observer_on and running is None):
+        if other or not self._fake_quant_on:
             return None
-        return Rounding(self.scale, self.zero_point, self.quant_min, self.quant_max, self.is_per_channel, running)
+        running = self._running() if self._observer_on else None
+        if self._observer_on and running is None:
+            return None
+        scale, zero_point = buffer_of(self, "scale"), buffer_of(self, "zero_point")
+        return Rounding(scale, zero_point, self.quant_min, self.quant_max, self.is_per_channel, running)
 
     def rounding_of(self, x: Tensor) -> Rounding | None:
         """As :meth:`rounding`, eagerly, with the switches as they are now, and room for the ranges of ``x``'s rows."""
         self._read_switches()
         to = self.rounding()
-        if to is not None and to.running and to.rows and not to.running.low.numel():
+        if to is not None and to.rows and to.running and not to.running.low.numel():
             running = self._make_room(x.shape[0]) if x.numel() else None
             to = to._replace(scale=self.scale, zero_point=self.zero_point, running=running)
         return to
@@ -314,8 +318,9 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         return self.scale, self.zero_point
 
     def _running(self) -> Running | None:
-        observer = self.activation_post_process
-        return Running(observer.min_val, observer.max_val, observer.averaging_constant, self.is_symmetric_quant)
+        observer: Any = self._modules["activation_post_process"]
+        low, high = buffer_of(observer, "min_val"), buffer_of(observer, "max_val")
+        return Running(low, high, observer.averaging_constant, self.is_symmetric_quant)
 
     def _make_room(self, channels: int) -> Running | None:
         """The first batch tells how many channels there are; none of them is seen yet."""

@@ -30,8 +30,11 @@ __all__ = [
 
 def in_order(grad: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``grad`` with its values in memory in this order."""
-    each = zip(grad.shape, grad.stride(), strides, strict=True)
-    if all(length == 1 or one == other for length, one, other in each) and native.serves(grad):
+    found = grad.stride()
+    if found != strides:  # those of a length of one do not count
+        each = zip(grad.shape, found, strides, strict=True)
+        found = strides if all(length == 1 or one == other for length, one, other in each) else found
+    if found == strides and native.serves(grad):
         return grad
     return torch.empty_strided(grad.shape, strides, dtype=grad.dtype).copy_(grad)
 
@@ -109,13 +112,15 @@ def serves_rounding(x: Tensor, to: Rounding, factor: Tensor | None) -> bool:
     if not (x.dtype is torch.float32 and x.numel() and native.serves(x)) or (to.rows and not x.dim()):
         return False
     count = len(x) if to.rows else 1
-    numbers = [to.scale] if to.running is None else [to.scale, to.running.low, to.running.high]
-    if to.zero_point.dtype is not torch.int32 or to.zero_point.numel() != count:
+    if to.zero_point.dtype is not torch.int32 or to.zero_point.numel() != count or not _numbers(to.scale, count):
         return False
-    return all(
-        one.dtype is torch.float32 and one.numel() == count and one.is_cpu and one.is_contiguous()
-        for one in (numbers if factor is None else [*numbers, factor])
-    )
+    if to.running is not None and not (_numbers(to.running.low, count) and _numbers(to.running.high, count)):
+        return False
+    return factor is None or _numbers(factor, count)
+
+
+def _numbers(x: Tensor, count: int) -> bool:
+    return x.dtype is torch.float32 and x.numel() == count and x.is_cpu and x.is_contiguous()
 
 
 def _masked(grad: Tensor, bits: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -82,11 +83,17 @@ def room_for_bits(count: int, rows: int) -> Tensor:
     return torch.empty(rows * ((count // rows + 7) // 8), dtype=torch.uint8)
 
 
+@lru_cache(maxsize=4096)  # C only reads it; what it points to may change
+def _numbers(*numbers: Any) -> Quantizer:
+    return Quantizer(*numbers)
+
+
 def _quantizer(to: Rounding) -> Quantizer:
-    low, high, constant, symmetric = to.running or (None, None, 0.0, False)
-    return Quantizer(
-        *(to.scale.data_ptr(), to.zero_point.data_ptr(), address(low), address(high)),
-        *(constant, to.quant_min, to.quant_max, symmetric),
+    if (running := to.running) is None:
+        return _numbers(to.scale.data_ptr(), to.zero_point.data_ptr(), None, None, 0.0, to.quant_min, to.quant_max, 0)
+    return _numbers(
+        *(to.scale.data_ptr(), to.zero_point.data_ptr(), running.low.data_ptr(), running.high.data_ptr()),
+        *(running.constant, to.quant_min, to.quant_max, running.symmetric),
     )
 
 
