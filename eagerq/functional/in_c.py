@@ -27,6 +27,9 @@ __all__ = [
     "sum_in_c",
 ]
 
+# values of a weight, below which a rounded copy kept costs less than what it takes to make it again
+_WORTH_REBUILDING = 1 << 16
+
 
 def in_order(grad: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``grad`` with its values in memory in this order."""
@@ -57,7 +60,7 @@ class _Rounded(torch.autograd.Function):
         out, inside = result
         ctx.rows, ctx.strides = len(x) if to.rows else 1, x.stride()
         ctx.save_for_backward(inside, factor, None if factor is None else x)
-        ctx.recipe = Recipe.of(x, factor, to) if to.rows and graded else None
+        ctx.recipe = Recipe.of(x, factor, to) if to.rows and graded and x.numel() >= _WORTH_REBUILDING else None
         return out
 
     @staticmethod

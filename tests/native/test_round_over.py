@@ -18,10 +18,16 @@ from eagerq import native
 from eagerq.fake_quantize import FakeQuantize
 from eagerq.functional import Norm, Rounding, Running, batch_norm_of_scaled, relu_, round_in_c, round_over, sum_in_c
 from eagerq.intrinsic.qat import ConvBnReLU2d, freeze_bn_stats
+from eagerq.nn.quantized import functional_modules
 
 pytestmark = pytest.mark.skipif(not native.available, reason="the C library was not built: no compiler at installation")
 
 Make = Callable[[Tensor, Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional_modules, "_MANY", 0)
 
 
 def normed(relu: bool, x: Tensor, y: Tensor) -> Tensor:
@@ -324,6 +330,14 @@ def test_a_sum_that_is_not_rounded_is_torch_s() -> None:
     plus.apply(eagerq.disable_fake_quant)
     out = plus.add(torch.ones(3, requires_grad=True), torch.ones(3))
     assert type(out.grad_fn).__name__ == "AddBackward0"
+
+
+def test_a_small_sum_and_its_rounding_are_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    plus, x = prepared().plus, torch.randn(1 << 14, requires_grad=True)
+    small, large = plus.add(x[1:], x[1:]), plus.add(x, x)
+    assert type(small.grad_fn).__name__ == "_RoundedBackward"
+    assert type(large.grad_fn).__name__ == "_SumBackward"
 
 
 def test_forward_itself_does_not_round() -> None:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import eagerq
 from eagerq import intrinsic, native
-from eagerq.functional import rebuilding
+from eagerq.functional import in_c, rebuilding
 from eagerq.nn import qat
 
 pytestmark = pytest.mark.skipif(not native.available, reason="the C library was not built: no compiler at installation")
@@ -24,6 +24,21 @@ LAYERS: dict[str, Any] = {
     "ConvBnReLU2d": lambda: intrinsic.qat.ConvBnReLU2d(3, 4, 3, qconfig=QCONFIG),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+@pytest.fixture(autouse=True)
+def whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_c, "_WORTH_REBUILDING", 0)
+
+
+def test_small_ones_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    calls = counted(monkeypatch)
+    gradients(layer("Linear"))
+    assert not calls
+    large = qat.Linear(6, 11_000, qconfig=QCONFIG)
+    gradients(large)
+    assert len(calls) == 1
 
 
 def layer(name: str) -> nn.Module:

@@ -19,6 +19,9 @@ from eagerq.scheme import integer_type
 
 __all__ = ["FXFloatFunctional", "FloatFunctional", "QFunctional"]
 
+# values, below which a sum and its rounding cost less one after the other
+_MANY = 1 << 14
+
 
 class _Operations(nn.Module):
     def forward(self, x: Any) -> NoReturn:
@@ -47,7 +50,7 @@ class FloatFunctional(_Operations):
     def _sum(self, x: Tensor, y: Tensor, relu: bool) -> Tensor:
         total = None
         observer = self._modules.get("activation_post_process")
-        if is_rounding(observer) and isinstance(x, Tensor) and isinstance(y, Tensor):
+        if isinstance(x, Tensor) and x.numel() >= _MANY and isinstance(y, Tensor) and is_rounding(observer):
             total = sum_in_c(x, y, relu)
         if total is None:
             total = F.relu(torch.add(x, y)) if relu else torch.add(x, y)
