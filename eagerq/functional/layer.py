@@ -17,6 +17,7 @@ __all__ = ["Convolving", "conv_bn_in_c"]
 
 _convolution: Any = torch.convolution  # torch's stubs leave out what moves the window
 _autograd: Any = torch._C._autograd
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Convolving(NamedTuple):
@@ -96,7 +97,7 @@ class _ConvBn(torch.autograd.Function):
             of_rounded = in_order(of_rounded, weight.stride())
             of_weight, other = native.masked_rows(of_rounded, inside, weight, factor, len(weight), over=True)
             assert other is not None
-            native.fold_backward_(of_gamma, gamma, spread, of_factor, other)
+            native.fold_backward_(of_gamma, spread, of_factor, other)
         found = of_x, of_weight, of_gamma, of_beta
         return *(one if wants else None for one, wants in zip(found, wanted, strict=True)), *(None,) * 5
 
@@ -143,10 +144,9 @@ def conv_bn_in_c(
     of_weight = weight.requires_grad or gamma.requires_grad
     if not torch.is_grad_enabled() or not (of_weight or x.requires_grad or beta.requires_grad):
         return None
-    with torch.no_grad():
-        spread = torch.sqrt(norm.running_var + norm.eps)
-        factor = native.fold(gamma, spread)
-        rounding = native.fake_quantize(weight, to, factor, mask=of_weight)
+    spread = torch.sqrt(norm.running_var.detach() + norm.eps)
+    factor = native.fold(gamma, spread)
+    rounding = native.fake_quantize(weight, to, factor, mask=of_weight)
     if rounding is None:
         return None
     made = *rounding, factor, spread
@@ -157,6 +157,12 @@ def conv_bn_in_c(
 def _serves(x: Tensor, weight: Tensor, to: Rounding, vectors: list[Tensor]) -> bool:
     if x.dim() != weight.dim() or x.dim() < 3 or x.dtype is not torch.float32 or not x.numel():
         return False
-    if not native.serves(x) or not to.rows or not serves_rounding(weight, to, vectors[0]):
+    if torch._C._are_functorch_transforms_active() or not native.serves(x):
         return False
-    return all(one.dtype is torch.float32 and one.shape == weight.shape[:1] and native.serves(one) for one in vectors)
+    if not to.rows or not serves_rounding(weight, to, vectors[0]):
+        return False
+    shape = weight.shape[:1]
+    return all(
+        one.dtype is torch.float32 and one.shape == shape and one.is_contiguous() and type(one) in _PLAIN
+        for one in vectors
+    )

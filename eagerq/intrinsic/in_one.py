@@ -21,22 +21,22 @@ def layer_in_one(layer: Any, x: Tensor) -> Tensor | None:
     Args:
         layer: a :class:`~eagerq.intrinsic.qat.BatchNormMixin`.
     """
-    bn, rounding = layer.bn, layer.weight_fake_quant
-    if torch.compiler.is_compiling() or not native.available or not (bn.training and _is_as_built(layer)):
+    if torch.compiler.is_compiling() or not native.available or not _is_as_built(layer):
         return None
-    if layer.bias is not None or bn.momentum is None or torch.is_autocast_enabled("cpu"):
+    bn, rounding, weight = layer.bn, layer.weight_fake_quant, layer.weight
+    if layer.bias is not None or bn.momentum is None or not bn.training or torch.is_autocast_enabled("cpu"):
         return None
-    if not is_ordinary(rounding) or not layer._bn_is_plain(layer.weight):
+    if not is_ordinary(rounding) or not layer._bn_is_plain(weight):
         return None
-    to = rounding.rounding_of(layer.weight)
+    to = rounding.rounding_of(weight)
     if to is None:
         return None
     convolving = Convolving(layer.stride, layer.padding, layer.dilation, layer.groups)
     norm = Norm(bn.running_mean, bn.running_var, bn.eps, bn.momentum)
-    out = conv_bn_in_c(x, layer.weight, bn.weight, bn.bias, to, convolving, norm, layer.post_op == "relu")
+    relu = layer.post_op == "relu"
+    out = conv_bn_in_c(x, weight, bn.weight, bn.bias, to, convolving, norm, relu)
     if out is not None:
-        with torch.no_grad():
-            bn.num_batches_tracked.add_(1)
+        bn.num_batches_tracked.add_(1)
     return out
 
 

@@ -71,7 +71,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "batch_norm_last": [_POINTER] * 3 + [_FLAG, _POINTER],
     "batch_norm_last_backward": [_POINTER] * 8,
     "fold": [_POINTER] * 3 + [_COUNT],
-    "fold_backward": [_POINTER] * 4 + [_COUNT, _POINTER],
+    "fold_backward": [_POINTER] * 3 + [_COUNT, _POINTER],
     "fake_quantize": [_POINTER] * 3 + [_COUNT, ctypes.POINTER(Quantizer)],
     "fake_quantize_rows": [_POINTER] * 4 + [_COUNT] * 3 + [ctypes.POINTER(Quantizer)],
     "masked": [_POINTER] * 3 + [_COUNT],

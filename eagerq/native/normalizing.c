@@ -134,13 +134,9 @@ EXPORT void eagerq_fold(const float *weight, const float *spread, float *factor,
     }
 }
 
-/* Add to a batch norm's weight's gradient what comes through the factor, in two parts. */
-EXPORT void eagerq_fold_backward(const float *weight, const float *spread, const float *one, const float *other, i64 n,
-                                 float *of_weight) {
-    for (i64 c = 0; c < n; c++) {
-        const float of_factor = weight[c] / spread[c] == 0 ? 0.0f : one[c] + other[c];
-        of_weight[c] += of_factor / spread[c];
-    }
+/* Add to a batch norm's weight's gradient what comes through the factor, in two parts: nothing where that is zero. */
+EXPORT void eagerq_fold_backward(const float *spread, const float *one, const float *other, i64 n, float *of_weight) {
+    for (i64 c = 0; c < n; c++) of_weight[c] += (one[c] + other[c]) / spread[c];
 }
 
 /* A row of the mask for each plane; it starts on a byte. A mask goes with a ReLU. */

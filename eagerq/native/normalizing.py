@@ -114,7 +114,7 @@ def fold(weight: Tensor, spread: Tensor) -> Tensor:
     return factor
 
 
-def fold_backward_(of_weight: Tensor, weight: Tensor, spread: Tensor, one: Tensor, other: Tensor) -> None:
+def fold_backward_(of_weight: Tensor, spread: Tensor, one: Tensor, other: Tensor) -> None:
     """Add to the gradient of ``weight`` that of the factor, which is ``one + other``."""
-    vectors = weight.data_ptr(), spread.data_ptr(), one.data_ptr(), other.data_ptr()
-    LIBRARY.eagerq_fold_backward(*vectors, weight.numel(), of_weight.data_ptr())
+    vectors = spread.data_ptr(), one.data_ptr(), other.data_ptr()
+    LIBRARY.eagerq_fold_backward(*vectors, spread.numel(), of_weight.data_ptr())
