@@ -133,6 +133,26 @@ def test_tables_and_gates(batch: int) -> None:
     del junk
 
 
+def test_a_table_made_in_the_forward() -> None:
+    """The plan keeps the one that it reads, though the forward makes another each time."""
+    act = eagerq.nn.quantized.Hardswish(0.05, 10)
+
+    class Forgetful(nn.Module):
+        def forward(self, x: eagerq.QTensor) -> eagerq.QTensor:
+            tables._table.cache_clear()
+            return act(x)
+
+    def quantized(seed: int) -> eagerq.QTensor:
+        return eagerq.quantize_per_tensor(images(2, seed), 0.05, 128, torch.uint8)
+
+    frozen = eagerq.freeze(Forgetful().eval(), (quantized(0),))
+    tables._table.cache_clear()
+    junk = [torch.full((256,), 7, dtype=torch.uint8) for _ in range(500)]
+    for seed in (1, 2):
+        assert torch.equal(frozen(quantized(seed)), act(quantized(seed)))
+    del junk
+
+
 def test_a_table_for_a_part() -> None:
     """What lies apart is copied first, at each call."""
     act = eagerq.nn.quantized.Hardswish(0.05, 10)
