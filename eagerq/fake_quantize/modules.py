@@ -24,6 +24,7 @@ from eagerq.functional import (
     update_natively,
 )
 from eagerq.kernels.training import qparams_in_graph, rounded_in_graph
+from eagerq.kernels.training_layers import Convolved
 from eagerq.kernels.training_norm import Normalized, round_over_in_graph
 from eagerq.observer import (
     FixedQParamsObserver,
@@ -139,8 +140,8 @@ class FakeQuantize(FakeQuantizeBase):
         """As ``self(x)``, for an ``x`` that nobody else looks at: its memory may take the result."""
         return self._forward(x, None, own=True)
 
-    def over_made(self, made: Normalized) -> Tensor | None:
-        """As :meth:`over`, of a batch norm in code that is being compiled; None where that is no gain."""
+    def over_made(self, made: Normalized | Convolved) -> Tensor | None:
+        """As :meth:`over`, of a layer in code that is being compiled; None where that is no gain."""
         to = self.rounding()
         return None if to is None else round_over_in_graph(made, to, self.nonfinite_batches)
 

@@ -21,20 +21,27 @@ def layer_in_graph(layer: Any, x: Tensor, folded: Tensor) -> Tensor | None:
         layer: a :class:`~eagerq.intrinsic.qat.BatchNormMixin`.
         folded: what its batch norm multiplies each channel by, when folded.
     """
-    out: Tensor | None
+    made: Any
     if not layer.bn.training and layer._bn_is_plain(folded):
-        out = layer._convolved(x, folded, layer._shift(folded))
-        return out
+        made = layer._convolved(x, folded, layer._shift(folded))
+        return None if made is None else _left_for_hook(layer, made)
     factor = torch.where(folded == 0, 1.0, folded)
-    out = layer._convolved(x, factor, None, relu=False)
-    if out is None:
+    convolved = layer._convolved(x, factor, None, relu=False)
+    if convolved is None:
         return None
+    out = convolved.attached(False)
     made = _normed(layer, out, factor)
     if made is None:
-        return layer._by_the_book(out, factor)
+        by_the_book: Tensor = layer._by_the_book(out, factor)
+        return by_the_book
+    return _left_for_hook(layer, made)
+
+
+def _left_for_hook(layer: Any, made: Any) -> Tensor:
     if is_rounded_first(layer):
         layer._made = made
-    return made.attached(layer.post_op == "relu")
+    attached: Tensor = made.attached(made.relu)
+    return attached
 
 
 def _normed(layer: Any, y: Tensor, factor: Tensor) -> Normalized | None:

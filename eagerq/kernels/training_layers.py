@@ -19,7 +19,7 @@ from eagerq.kernels.storing import is_exporting, is_last, ready, room_like, stor
 from eagerq.kernels.training import observed_rows
 from eagerq.native import Rounding, Running
 
-__all__ = ["Geometry", "convolution_in_graph"]
+__all__ = ["Convolved", "Geometry", "convolution_in_graph"]
 
 
 class Geometry(NamedTuple):
@@ -87,8 +87,8 @@ def _convolved(
 ) -> Any:
     """Convolve with the rounded ``weight·factor``.
 
-    Returns the result, a bit for each value that a ReLU let pass, and copies of scale and zero point: the next forward
-    pass writes over the buffers.
+    Returns the result, a bit for each value that a ReLU let pass (or room for it), and copies of scale and zero point:
+    the next forward pass writes over the buffers.
     """
     settings, skipped = _Settings(*rest[:7]), None
     weight, used, dead, to = _scaled(weight, factor, scale, zero_point, settings)
@@ -99,8 +99,8 @@ def _convolved(
     rounded = observed_rows(weight, used, to, skipped, last=not heavy)
     if dead is not None:
         rounded[dead] = 0
-    y = _in_working_order(_convolution(_in_working_order(x, heavy), rounded, bias, settings.geometry), heavy)
-    above = native.rectify_(y) if settings.relu else y.new_empty(0, dtype=torch.uint8)
+    y = ready(_convolution(_in_working_order(x, heavy), rounded, bias, settings.geometry))
+    above = native.rectify_(y) if settings.relu else native.room_for_bits(y.numel(), 1).zero_()
     return stored(y, x), above, scale.clone(), zero_point.clone()
 
 
@@ -109,7 +109,7 @@ def _like_convolved(
 ) -> Any:
     settings = _Settings(*rest[:7])
     y = stored(_convolution(x, weight, bias, settings.geometry), x)
-    above = x.new_empty((y.numel() + 7) // 8 if settings.relu else 0, dtype=torch.uint8)
+    above = x.new_empty((y.numel() + 7) // 8, dtype=torch.uint8)
     return y, above, torch.empty_like(scale), torch.empty_like(zero_point)
 
 
@@ -132,8 +132,8 @@ def _convolved_backward(
 ) -> Any:
     settings, wanted = _Settings(*rest[:7]), rest[7]
     heavy = _is_heavy(x, weight)
+    grad = native.masked(ready(grad), above) if settings.relu else grad
     grad = _in_working_order(grad, heavy)
-    grad = native.masked(grad, above) if settings.relu else grad
     weight, used, dead, to = _scaled(weight, factor, scale, zero_point, settings)
     rounded, inside = _rounded_again(weight, to, used, last=not heavy)
     effective = rounded if dead is None else rounded.masked_fill(dead.reshape(-1, *[1] * (weight.dim() - 1)), 0)
@@ -227,6 +227,31 @@ class _Convolved(torch.autograd.Function):
         )
 
 
+class Convolved(NamedTuple):
+    """What a convolution in a graph was made of and gave, for who rounds it before anybody else looks at it."""
+
+    inputs: tuple[Tensor | None, ...]
+    computed: tuple[Tensor, ...]
+    settings: _Settings
+    wanted: list[bool]
+
+    @property
+    def relu(self) -> bool:
+        return self.settings.relu
+
+    def to_be_rounded(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The result, its bits, and no ends, as these are not known; None if the bits might lie in another order."""
+        y, above, *_ = self.computed
+        images = y.dim() == 4 and y.shape[1] > 1 and y[0, 0].numel() > 1
+        return (y, above, y.new_empty(0)) if images else None
+
+    def attached(self, masked: bool) -> Tensor:
+        """The result with its gradient, which passes where the bits are set, if they are to mask it."""
+        settings = self.settings._replace(relu=masked)
+        out: Tensor = _Convolved.apply(*self.inputs, self.computed, tuple(settings), self.wanted)
+        return out
+
+
 def _dense(weight: Tensor) -> bool:
     return weight.is_contiguous() or is_last(weight)
 
@@ -244,7 +269,7 @@ def convolution_in_graph(
     skipped: Tensor | None,
     geometry: Geometry,
     relu: bool,
-) -> Tensor | None:
+) -> Convolved | None:
     """The convolution with the rounded ``weight·factor``, and ReLU, in code that is being compiled.
 
     Args:
@@ -257,8 +282,9 @@ def convolution_in_graph(
         relu: cut the result at zero.
 
     Returns:
-        Tensor, channels_last if ``x`` is so; None, with nothing changed, where the CPU's operator does not serve: other
-        devices, dtypes and layouts, autocast, parameters that are not one for each channel, export.
+        The result, channels_last if ``x`` is so, to be attached; None, with nothing changed, where the CPU's operator
+        does not serve: other devices, dtypes and layouts, autocast, parameters that are not one for each channel,
+        export.
     """
     rows = len(weight)
     numbers = [to.scale] if to.running is None else [to.scale, to.running.low, to.running.high]
@@ -272,7 +298,7 @@ def convolution_in_graph(
         return None
     if x.dtype is not torch.float32 or weight.dtype is not torch.float32:
         return None
-    settings = to.quant_min, to.quant_max, *geometry, relu
+    settings = _Settings(to.quant_min, to.quant_max, *geometry, relu)
     with torch.no_grad():
         values = x, weight, factor, bias, to.scale, to.zero_point, *settings
         if to.running is None:
@@ -282,5 +308,4 @@ def convolution_in_graph(
             computed = _OBSERVED(*values, running.low, running.high, skipped, running.constant, running.symmetric)
     of_weight = weight.requires_grad or (factor is not None and factor.requires_grad)
     wanted = [x.requires_grad, of_weight, bias is not None and bias.requires_grad]
-    y: Tensor = _Convolved.apply(x, weight, factor, bias, computed, settings, wanted)
-    return y
+    return Convolved((x, weight, factor, bias), computed, settings, wanted)

@@ -12,6 +12,7 @@ from eagerq import native
 from eagerq.kernels.dispatch import Kernel
 from eagerq.kernels.storing import is_exporting, ready, room_like, stored, storing
 from eagerq.kernels.training import observe
+from eagerq.kernels.training_layers import Convolved
 from eagerq.native import Norm, Rounding, Running
 
 __all__ = ["Normalized", "batch_norm_in_graph", "round_over_in_graph"]
@@ -77,7 +78,8 @@ def _round_over(
     """Round what a batch norm gave in its memory; its bits, if they are to be merged, lose what is out of range."""
     to = Rounding(scale, zero_point, quant_min, quant_max)
     work = ready(x)
-    passing = native.Passing(bits, _rows(work), (ctypes.c_float * 2).from_address(ends.data_ptr()))
+    known = (ctypes.c_float * 2).from_address(ends.data_ptr()) if ends.numel() else None
+    passing = native.Passing(bits, _rows(work), known)
     if observing:
         low, high, skipped, constant, symmetric = observing
         observed = to._replace(running=Running(low, high, constant, symmetric))
@@ -134,6 +136,10 @@ class Normalized(NamedTuple):
     relu: bool
     eps: float
 
+    def to_be_rounded(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The result, its bits and its ends."""
+        return self.computed[0], self.computed[-1], self.ends
+
     def attached(self, masked: bool) -> Tensor:
         """The result with its gradient, which passes where the bits are set, if they are to mask it."""
         out: Tensor = _Normalized.apply(*self.inputs, self.computed, masked, self.eps)
@@ -156,16 +162,18 @@ def batch_norm_in_graph(
     return Normalized((y, factor, weight, bias), tuple(computed), ends, relu, norm.eps)
 
 
-def round_over_in_graph(made: Normalized, to: Rounding, skipped: Tensor | None) -> Tensor | None:
-    """Round a batch norm's result to one scale in its memory; None, with nothing changed, where that cannot be."""
+def round_over_in_graph(made: Normalized | Convolved, to: Rounding, skipped: Tensor | None) -> Tensor | None:
+    """Round a layer's result to one scale in its memory; None, with nothing changed, where that cannot be."""
     numbers = [to.scale] if to.running is None else [to.scale, to.running.low, to.running.high]
     if to.rows or to.zero_point.dtype is not torch.int32:
         return None
     if any(one.numel() != 1 or one.dtype is not torch.float32 for one in numbers):
         return None
-    out, *_, bits = made.computed
+    given = made.to_be_rounded()
+    if given is None:
+        return None
     with torch.no_grad():
-        values = out, bits, made.ends, made.relu, to.scale, to.zero_point, to.quant_min, to.quant_max
+        values = *given, made.relu, to.scale, to.zero_point, to.quant_min, to.quant_max
         if to.running is None:
             _ROUND_OVER(*values)
         else:

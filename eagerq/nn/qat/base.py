@@ -95,13 +95,13 @@ class QATMixin(Unit):
         rectified = relu_(y)
         return F.relu(y) if rectified is None else rectified
 
-    def _convolved(self, x: Tensor, factor: Tensor | None, bias: Tensor | None, relu: bool = True) -> Tensor | None:
+    def _convolved(self, x: Tensor, factor: Tensor | None, bias: Tensor | None, relu: bool = True) -> Any:
         """In code that is being compiled, the layer by one operator, if there is one: with scaled, rounded weight."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and (out := self._convolved(x, None, self.bias)) is not None:
-            return out
+        if torch.compiler.is_compiling() and (made := self._convolved(x, None, self.bias)) is not None:
+            return made.attached(made.relu)
         return self._activated(self._computed(x, self.weight_fake_quant(self.weight), self.bias))
 
     @classmethod

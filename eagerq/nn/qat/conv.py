@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from eagerq.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize, is_plain
-from eagerq.kernels.training_layers import Geometry, convolution_in_graph
+from eagerq.kernels.training_layers import Convolved, Geometry, convolution_in_graph
 from eagerq.nn.qat.base import QATMixin
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvQAT"]
@@ -20,7 +20,7 @@ class ConvQAT(QATMixin, nn.modules.conv._ConvNd):
         y: Tensor = self._conv_forward(x, weight, bias)
         return y
 
-    def _convolved(self, x: Tensor, factor: Tensor | None, bias: Tensor | None, relu: bool = True) -> Tensor | None:
+    def _convolved(self, x: Tensor, factor: Tensor | None, bias: Tensor | None, relu: bool = True) -> Convolved | None:
         rounded: Any = self.weight_fake_quant
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             return None
