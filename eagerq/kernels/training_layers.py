@@ -13,22 +13,13 @@ import torch
 from torch import Tensor
 
 from eagerq import native
-from eagerq.functional import in_order
+from eagerq.functional import Convolving, in_order
 from eagerq.kernels.dispatch import Kernel
 from eagerq.kernels.storing import is_exporting, is_last, ready, room_like, stored, storing
 from eagerq.kernels.training import observed_rows
 from eagerq.native import Rounding, Running
 
-__all__ = ["Convolved", "Geometry", "convolution_in_graph"]
-
-
-class Geometry(NamedTuple):
-    """How a convolution's window moves."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
+__all__ = ["Convolved", "convolution_in_graph"]
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
@@ -59,8 +50,8 @@ class _Settings(NamedTuple):
     relu: bool
 
     @property
-    def geometry(self) -> Geometry:
-        return Geometry(self.stride, self.padding, self.dilation, self.groups)
+    def geometry(self) -> Convolving:
+        return Convolving(self.stride, self.padding, self.dilation, self.groups)
 
 
 class _Scaled(NamedTuple):
@@ -267,7 +258,7 @@ def convolution_in_graph(
     bias: Tensor | None,
     to: Rounding,
     skipped: Tensor | None,
-    geometry: Geometry,
+    geometry: Convolving,
     relu: bool,
 ) -> Convolved | None:
     """The convolution with the rounded ``weight·factor``, and ReLU, in code that is being compiled.

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from eagerq.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize, is_plain
-from eagerq.kernels.training_layers import Convolved, Geometry, convolution_in_graph
+from eagerq.functional import Convolving
+from eagerq.kernels.training_layers import Convolved, convolution_in_graph
 from eagerq.nn.qat.base import QATMixin
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvQAT"]
@@ -26,7 +27,7 @@ class ConvQAT(QATMixin, nn.modules.conv._ConvNd):
             return None
         if not is_plain(rounded, FakeQuantize, FusedMovingAvgObsFakeQuantize) or (to := rounded.rounding()) is None:
             return None
-        geometry = Geometry(self.stride, self.padding, self.dilation, self.groups)
+        geometry = Convolving(self.stride, self.padding, self.dilation, self.groups)
         relu = relu and self.post_op == "relu"
         return convolution_in_graph(x, self.weight, factor, bias, to, rounded.nonfinite_batches, geometry, relu)
 
