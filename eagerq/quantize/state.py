@@ -137,14 +137,16 @@ class StateCheck:
             _tell_what_stays(modules, state_dict)
         last = next(reversed(module._load_state_dict_pre_hooks.values()))
         if getattr(last, "hook", last) is self and as_torch_loads(module):
-            if inventory.saved_as_usual and self._may_copy(module, local_metadata):
+            if inventory.saved_as_usual and self._may_copy(module, local_metadata, lists[0]):
                 inventory.take(state_dict, odd, lists[0])
             if state_dict:
                 bundle(state_dict, set(_units(module, prefix)))
 
-    def _may_copy(self, root: nn.Module, local_metadata: Mapping[str, Any]) -> bool:
+    def _may_copy(self, root: nn.Module, local_metadata: Mapping[str, Any], missing_keys: list[str]) -> bool:
         """Whether values are copied, and nobody hears of missing keys before :meth:`loaded` has put them right."""
         if local_metadata.get("assign_to_params_buffers") or _swapping():
+            return False
+        if _running("missing_keys", None) is not missing_keys:  # who goes from module to module himself calls no hook
             return False
         listening = root._load_state_dict_post_hooks.values()
         return bool(listening) and next(iter(listening)) == self.loaded

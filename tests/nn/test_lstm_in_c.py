@@ -98,6 +98,14 @@ def test_a_state_goes_on() -> None:
     assert torch.equal(end[1].int_repr(), last[1].int_repr())
 
 
+def test_a_state_has_memory_of_its_own() -> None:
+    model = converted()
+    y, state = model.inner(model.quant(torch.randn(7, 2, 6)))
+    places = {part.integers.untyped_storage().data_ptr() for part in (y, *state)}
+    assert len(places) == 3
+    assert all(part.integers.untyped_storage().nbytes() == 2 * 8 for part in state)
+
+
 def test_results_stay_when_it_runs_again() -> None:
     model = converted()
     first = model(torch.randn(4, 2, 6))

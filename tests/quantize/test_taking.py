@@ -143,6 +143,23 @@ def test_missing_keys_of_others_stay(make: Make, order: tuple[str, str]) -> None
 
 
 @MAKES
+def test_who_goes_from_module_to_module_himself(make: Make) -> None:
+    """As some trainers do, so that they hear of missing keys without nn.Module's hooks."""
+    model, state = make(), make().state_dict()
+    missing: list[str] = []
+
+    def load(module: nn.Module, prefix: str) -> None:
+        module._load_from_state_dict(dict(state), prefix, {}, True, missing, [], [])
+        for name, child in module._modules.items():
+            if child is not None:
+                load(child, f"{prefix}{name}.")
+
+    load(model, "")
+    assert missing == []
+    assert same(model, state)
+
+
+@MAKES
 def test_a_part_prepared_by_itself(make: Make) -> None:
     def nested() -> nn.Module:
         model = nn.Sequential(make(), nn.Linear(2, 2)).train()

@@ -191,7 +191,7 @@ class RequantizingModule(QuantizedModule):
 
     @output.setter
     def output(self, value: Output) -> None:
-        self._output, self._scale_text = value, repr(value.scale)
+        self._output, self._scale_text = value, repr(float(value.scale))
 
     @property
     def scale(self) -> float:
