@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eagerq import native
 from eagerq.functional.qparams import channel_shape
-from eagerq.functional.rebuilding import Recipe
+from eagerq.functional.rebuilding import Recipe, is_alone
 from eagerq.native import Passing, Rounding, Running
 
 __all__ = [
@@ -20,15 +20,38 @@ __all__ = [
     "Running",
     "bit_flags",
     "in_order",
+    "keep",
+    "kept",
     "relu_",
     "round_in_c",
     "round_over",
     "serves_rounding",
     "sum_in_c",
+    "unmoved",
+    "worth_rebuilding",
 ]
 
 # values of a weight, below which a rounded copy kept costs less than what it takes to make it again
 _WORTH_REBUILDING = 1 << 16
+
+
+def worth_rebuilding(weight: Tensor) -> bool:
+    """Whether the backward pass had better round a weight once more than have the rounded one kept."""
+    return weight.numel() >= _WORTH_REBUILDING
+
+
+def unmoved(*saved: Tensor) -> None:
+    """Raise where a parameter that was saved is not what C can read any more.
+
+    Raises:
+        RuntimeError: when it has another dtype or device by now.
+    """
+    for one in saved:
+        if one.dtype is not torch.float32 or not native.serves(one):
+            raise RuntimeError(
+                f"a variable needed for gradient computation is {one.dtype} on {one.device} by now, and was "
+                "torch.float32 on the CPU in the forward pass: convert or move a model before that, or after backward"
+            )
 
 
 def in_order(grad: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -60,7 +83,7 @@ class _Rounded(torch.autograd.Function):
         out, inside = result
         ctx.rows, ctx.strides = len(x) if to.rows else 1, x.stride()
         ctx.save_for_backward(inside, factor, None if factor is None else x)
-        ctx.recipe = Recipe.of(x, factor, to) if to.rows and graded and x.numel() >= _WORTH_REBUILDING else None
+        ctx.recipe = Recipe.of(x, factor, to) if to.rows and graded and worth_rebuilding(x) else None
         return out
 
     @staticmethod
@@ -126,6 +149,24 @@ def _numbers(x: Tensor, count: int) -> bool:
     return x.dtype is torch.float32 and x.numel() == count and x.is_cpu and x.is_contiguous()
 
 
+def keep(ctx: Any, passing: Passing, *saved: Tensor | None) -> None:
+    """Keep what a backward pass takes: where somebody else keeps it for us, as when a forward pass is made again, the
+    bits too, which are then of the same pass as all else, and which rounding the result must not change."""
+    ctx.rows = passing.rows
+    if is_alone():
+        ctx.passing = passing
+        ctx.save_for_backward(*saved, None)
+    else:
+        ctx.save_for_backward(*saved, passing.bits)
+
+
+def kept(ctx: Any) -> tuple[list[Any], Tensor | None]:
+    """What :func:`keep` kept, and the bits."""
+    *saved, bits = ctx.saved_tensors
+    passing = getattr(ctx, "passing", None)
+    return saved, bits if passing is None else passing.bits
+
+
 def _masked(grad: Tensor, bits: Tensor) -> Tensor:
     return grad * bit_flags(bits, grad, 1) if torch.is_grad_enabled() else native.masked(grad, bits)
 
@@ -136,13 +177,15 @@ class _Rectified(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
         ctx.strides = y.stride()
-        ctx.passing = Passing(native.rectify_(y))
+        keep(ctx, Passing(native.rectify_(y)))
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
-        return _masked(in_order(grads[0], ctx.strides), ctx.passing.bits)
+        _, bits = kept(ctx)
+        assert bits is not None
+        return _masked(in_order(grads[0], ctx.strides), bits)
 
 
 def relu_(y: Tensor) -> Tensor | None:
@@ -159,12 +202,13 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, relu: bool, graded: bool) -> Tensor:
         ctx.strides = x.stride()
-        out, ctx.passing = native.sum_of(x, y, relu, graded)
+        out, passing = native.sum_of(x, y, relu, graded)
+        keep(ctx, passing)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad, bits = grads[0], ctx.passing.bits
+        grad, (_, bits) = grads[0], kept(ctx)
         if bits is not None:
             grad = _masked(in_order(grad, ctx.strides), bits)
         return grad, grad, None, None

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from eagerq import native
-from eagerq.functional.in_c import in_order, round_in_c, serves_rounding
+from eagerq.functional.in_c import in_order, keep, kept, round_in_c, serves_rounding, unmoved, worth_rebuilding
 from eagerq.functional.normalizing import apart, normalized_again
-from eagerq.functional.rebuilding import Recipe
+from eagerq.functional.rebuilding import Recipe, is_alone
 from eagerq.native import Norm, Rounding
 
 __all__ = ["Convolving", "conv_bn_in_c"]
@@ -69,28 +69,33 @@ class _ConvBn(torch.autograd.Function):
         rounded, inside, factor, spread = made
         y = convolving(x, rounded)
         y = y if native.serves(y) else y.contiguous()
-        out, batch, ctx.passing = native.batch_norm(y, factor, gamma, beta, norm, relu, True)
-        ctx.convolving, ctx.eps = convolving, norm.eps
-        ctx.alone = _autograd._top_saved_tensors_default_hooks(True) is None
-        ctx.recipe = Recipe.of(weight, factor, to)
-        kept = rounded if ctx.recipe is None else None
-        ctx.save_for_backward(x, weight, gamma, beta, y, kept, inside, factor, spread, *batch)
+        out, batch, passing = native.batch_norm(y, factor, gamma, beta, norm, relu, True)
+        ctx.convolving, ctx.eps, ctx.alone = convolving, norm.eps, is_alone()
+        ctx.recipe = Recipe.of(weight, factor, to) if ctx.alone and worth_rebuilding(weight) else None
+        copies: tuple[Tensor | None, Tensor, Tensor]
+        if ctx.recipe is None:  # the next forward pass writes over scale and zero point
+            ctx.to, copies = to._replace(running=None), (rounded, to.scale.clone(), to.zero_point.clone())
+        else:
+            ctx.to, copies = ctx.recipe.to, (None, ctx.recipe.to.scale, ctx.recipe.to.zero_point)
+        keep(ctx, passing, x, weight, gamma, beta, y, inside, factor, spread, *copies, *batch)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, weight, gamma, beta, y, kept, inside, factor, spread, *batch = ctx.saved_tensors
+        saved, bits = kept(ctx)
+        x, weight, gamma, beta, y, inside, factor, spread, rounded, scale, zero_point, *batch = saved
         wanted = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            found = _to_be_differentiated(ctx, grads[0], (x, weight, gamma, beta), spread)
+            to = ctx.to._replace(scale=scale, zero_point=zero_point)
+            found = _to_be_differentiated(ctx, grads[0], bits, (x, weight, gamma, beta), spread, to)
             return *found, *(None,) * 5
+        unmoved(weight, gamma)
         grad = in_order(grads[0], y.stride())
         # nobody else has seen y, unless a hook has that saves it
         last = ctx.alone and not _autograd._get_current_graph_task_keep_graph()
-        statistics, bits = native.Batch(*batch), ctx.passing.bits
-        gradients = native.batch_norm_backward(grad, y, factor, gamma, statistics, bits, ctx.eps, over=last)
+        gradients = native.batch_norm_backward(grad, y, factor, gamma, native.Batch(*batch), bits, ctx.eps, over=last)
         of_y, of_factor, of_gamma, of_beta = gradients
-        rounded = kept if ctx.recipe is None else ctx.recipe()
+        rounded = ctx.recipe() if rounded is None else rounded
         of_x, of_rounded = ctx.convolving.backward(of_y, x, rounded, wanted[0], wanted[1] or wanted[2])
         of_weight = None
         if of_rounded is not None:
@@ -102,15 +107,17 @@ class _ConvBn(torch.autograd.Function):
         return *(one if wants else None for one, wants in zip(found, wanted, strict=True)), *(None,) * 5
 
 
-def _to_be_differentiated(ctx: Any, grad: Tensor, inputs: tuple[Tensor, ...], spread: Tensor) -> Any:
+def _to_be_differentiated(
+    ctx: Any, grad: Tensor, bits: Tensor | None, inputs: tuple[Tensor, ...], spread: Tensor, to: Rounding
+) -> Any:
     """The gradients by operators that have a gradient themselves."""
     x, weight, gamma, beta = inputs = apart(*inputs)
     folded = gamma / spread
     factor = torch.where(folded == 0, 1.0, folded)
-    rounded = round_in_c(weight, ctx.recipe.to, factor)
+    rounded = round_in_c(weight, to, factor)
     assert rounded is not None  # nothing is observed, so nothing can be refused
     y = ctx.convolving(x, rounded)
-    return normalized_again(ctx, grad, (y, factor, gamma, beta), inputs)
+    return normalized_again(ctx, grad, bits, (y, factor, gamma, beta), inputs)
 
 
 def conv_bn_in_c(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eagerq import native
-from eagerq.functional.in_c import bit_flags, in_order
+from eagerq.functional.in_c import bit_flags, in_order, keep, kept, unmoved
 from eagerq.functional.qparams import channel_shape
 from eagerq.native import Norm
 
@@ -30,21 +30,21 @@ class _BatchNormOfScaled(torch.autograd.Function):
         relu: bool,
         graded: bool,
     ) -> Tensor:
-        out, batch, ctx.passing = native.batch_norm(y, factor, weight, bias, norm, relu, graded)
+        out, batch, passing = native.batch_norm(y, factor, weight, bias, norm, relu, graded)
         ctx.eps = norm.eps
-        ctx.save_for_backward(y, factor, weight, bias, *batch)
+        keep(ctx, passing, y, factor, weight, bias, *batch)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        y, factor, weight, bias, *batch = ctx.saved_tensors
-        bits = ctx.passing.bits
+        (y, factor, weight, bias, *batch), bits = kept(ctx)
         if not torch.is_grad_enabled():
+            unmoved(factor, weight)
             grad = in_order(grads[0], y.stride())
             gradients = native.batch_norm_backward(*(grad, y, factor, weight, native.Batch(*batch), bits, ctx.eps))
             return *gradients, None, None, None
         inputs = apart(y, factor, weight, bias)
-        return *normalized_again(ctx, grads[0], inputs, inputs), None, None, None
+        return *normalized_again(ctx, grads[0], bits, inputs, inputs), None, None, None
 
 
 def apart(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -53,16 +53,17 @@ def apart(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def normalized_again(
-    ctx: Any, grad: Tensor, made_of: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+    ctx: Any, grad: Tensor, bits: Tensor | None, made_of: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients for ``inputs``, where wanted, that can be differentiated; ``made_of`` is what C normalised.
 
     Args:
+        bits: where the gradient passes, if not everywhere.
         inputs: set :func:`apart`.
     """
     y, factor, weight, bias = made_of
-    if ctx.passing.bits is not None:
-        grad = grad * bit_flags(ctx.passing.bits, y, ctx.passing.rows)
+    if bits is not None:
+        grad = grad * bit_flags(bits, y, ctx.rows)
     wanted = ctx.needs_input_grad[: len(inputs)]
     quotient = y / factor.reshape(channel_shape(y.dim(), 1))
     out = F.batch_norm(quotient, None, None, weight, bias, True, 0.0, ctx.eps)

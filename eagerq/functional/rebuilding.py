@@ -12,7 +12,9 @@ from torch import Tensor
 from eagerq import native
 from eagerq.native import Rounding
 
-__all__ = ["Recipe", "rebuilt"]
+__all__ = ["Recipe", "is_alone", "rebuilt"]
+
+_autograd: Any = torch._C._autograd
 
 
 class Recipe(NamedTuple):
@@ -46,28 +48,31 @@ class _Rebuilt(NamedTuple):
     strides: tuple[int, ...]
 
 
+def is_alone() -> bool:
+    """Whether nobody else has a say about what is saved for backward passes."""
+    return _autograd._top_saved_tensors_default_hooks(True) is None
+
+
 @contextmanager
 def rebuilt(value: Tensor) -> Iterator[None]:
     """Within, what is saved for backward of ``value`` is its recipe, if its gradient function knows one.
 
-    All else is saved as without, by the hooks of others too.
+    Nothing is other than without where somebody's hooks see what is saved: who makes a forward pass again (activation
+    checkpointing) has to find all that it saves to be of one pass, and a recipe is of the first.
     """
     recipe: Recipe | None = getattr(value.grad_fn, "recipe", None)
-    if recipe is None:
+    if recipe is None or not is_alone() or not _autograd._saved_tensors_hooks_is_enabled():
         yield
         return
     address, count = value.data_ptr(), value.numel()
-    outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def pack(saved: Tensor) -> Any:
         if saved.numel() == count and saved.data_ptr() == address:
             return _Rebuilt(recipe, tuple(saved.shape), saved.stride())
-        return saved if outer is None else outer[0](saved)
+        return saved
 
     def unpack(kept: Any) -> Any:
-        if isinstance(kept, _Rebuilt):
-            return kept.recipe().as_strided(kept.shape, kept.strides)
-        return kept if outer is None else outer[1](kept)
+        return kept.recipe().as_strided(kept.shape, kept.strides) if isinstance(kept, _Rebuilt) else kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

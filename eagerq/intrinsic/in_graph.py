@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eagerq.functional import Norm
+from eagerq.kernels.tracing import this_trace
 from eagerq.kernels.training_norm import Normalized, batch_norm_in_graph
 from eagerq.twins import is_rounded_first
 
@@ -39,7 +40,7 @@ def layer_in_graph(layer: Any, x: Tensor, folded: Tensor) -> Tensor | None:
 
 def _left_for_hook(layer: Any, made: Any) -> Tensor:
     if is_rounded_first(layer):
-        layer._made = made
+        layer._made = this_trace(), made
     attached: Tensor = made.attached(made.relu)
     return attached
 

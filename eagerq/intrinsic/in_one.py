@@ -42,9 +42,8 @@ def layer_in_one(layer: Any, x: Tensor) -> Tensor | None:
 
 def _is_as_built(layer: Any) -> bool:
     """Whether it is a convolution of a class of ours, none of whose steps somebody has replaced."""
-    return (
-        type(layer).__module__ == "eagerq.intrinsic.qat"
-        and getattr(layer, "padding_mode", None) == "zeros"
-        and not isinstance(layer.padding, str)
-        and "_conv_forward" not in layer.__dict__
-    )
+    if type(layer).__module__ != "eagerq.intrinsic.qat" or getattr(layer, "padding_mode", None) != "zeros":
+        return False
+    axes = layer.weight.dim() - 2
+    window = layer.stride, layer.padding, layer.dilation  # numbers and names, too, where somebody has set them
+    return all(type(one) is tuple and len(one) == axes for one in window) and "_conv_forward" not in layer.__dict__

@@ -153,7 +153,9 @@ class BatchNormMixin(QATMixin):
         return (
             is_plain(bn, _BATCH_NORMS[self.weight.dim()])
             and bn.affine
+            and bn.track_running_stats
             and bn.running_mean is not None
+            and bn.num_batches_tracked is not None
             and factor.dtype is torch.float32
         )
 

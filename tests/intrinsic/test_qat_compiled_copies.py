@@ -57,3 +57,26 @@ def test_it_keeps_no_activation(make: Any) -> None:
     torch.compile(model, fullgraph=True)(x).sum().backward()
     gc.collect()
     assert not [one for one in gc.get_objects() if type(one) is Tensor and one.shape == (2, 8, 29, 35)]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo
+@pytest.mark.parametrize("within", [False, True])
+def test_an_observed_layer_compiled_by_itself(within: bool) -> None:
+    """Its hook is another graph than its forward pass: what that saves must not be written over."""
+    eager = prepared()
+    eager(torch.randn(2, 3, 9, 7))
+    compiled = copy.deepcopy(eager)
+    layer = compiled.module[0]
+    call = compiled if within else torch.compile(layer, backend="aot_eager")
+    if within:
+        compiled.module[0] = torch.compile(layer, backend="aot_eager")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 3, 9, 7)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        results = [(eager if within else eager.module[0])(inputs[0]), call(inputs[1])]
+        for out in results:
+            out.square().sum().backward()
+        torch.testing.assert_close(results[1], results[0])
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-5, atol=1e-5)
+    assert layer._made is None

@@ -51,7 +51,9 @@ class QATMixin(Unit):
     _FLOAT_RELU: ClassVar[Any] = None  # the fused float module, where a ReLU is fused behind
     _PARAMETERS: ClassVar[tuple[str, ...]] = ("weight", "bias")
     post_op: ClassVar[str | None] = None
-    _made: Any  # only while a call is being compiled: what the result was made of, for the hook that rounds it
+    _made: (
+        Any  # only while a call is being compiled: in which run, and what the result was made of, for the hook behind
+    )
 
     qconfig: Any
     weight: Any
