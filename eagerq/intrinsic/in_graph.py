@@ -39,8 +39,8 @@ def layer_in_graph(layer: Any, x: Tensor, folded: Tensor) -> Tensor | None:
 
 
 def _left_for_hook(layer: Any, made: Any) -> Tensor:
-    if is_rounded_first(layer):
-        layer._made = this_trace(), made
+    if layer._called == this_trace() and is_rounded_first(layer):
+        layer._made = layer._called, made
     attached: Tensor = made.attached(made.relu)
     return attached
 

@@ -80,3 +80,14 @@ def test_an_observed_layer_compiled_by_itself(within: bool) -> None:
         torch.testing.assert_close(results[1], results[0])
         torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-5, atol=1e-5)
     assert layer._made is None
+
+
+def test_a_forward_pass_compiled_past_its_hooks_leaves_nothing_for_them() -> None:
+    """What it left would be another result of its graph, of which gradients know nothing."""
+    layer = prepared().module[0]
+    layer(torch.randn(2, 3, 9, 7))
+    x = torch.randn(2, 3, 9, 7, requires_grad=True)
+    torch.compile(layer.forward, backend="aot_eager")(x).square().sum().backward()
+    assert layer._made is None
+    assert x.grad is not None
+    assert all(one.grad is not None for one in layer.parameters())

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import (
 from eagerq.bundles import Unit
 from eagerq.errors import InvalidConfigError
 from eagerq.functional import rebuilt, relu_
+from eagerq.kernels.tracing import this_trace
 
 __all__ = ["QATMixin", "gives_its_own", "hand_over"]
 
@@ -54,6 +55,7 @@ class QATMixin(Unit):
     _made: (
         Any  # only while a call is being compiled: in which run, and what the result was made of, for the hook behind
     )
+    _called: int | None = None  # the run in which a call of the layer, with its hooks, is being compiled
 
     qconfig: Any
     weight: Any
@@ -75,6 +77,18 @@ class QATMixin(Unit):
             fit(self.weight)
         if not self.weight.is_meta:
             self.weight_fake_quant.to(self.weight.device)
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's: a call with its hooks.
+
+        They become one graph by this where the layer is compiled by itself, too, and what is left for a hook is taken.
+        """
+        if not torch.compiler.is_compiling():
+            return super()._call_impl(*args, **kwargs)
+        self._called = this_trace()
+        result = super()._call_impl(*args, **kwargs)
+        self._called = None
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": None}  # left by who calls `forward` itself, past the hook that takes it
