@@ -18,7 +18,6 @@ from eagerq.fake_quantize import (
     rounded_over,
 )
 from eagerq.inspection import is_memoryless
-from eagerq.kernels.tracing import this_trace
 from eagerq.nn.qat.base import gives_its_own
 from eagerq.nn.quantized.functional_modules import FloatFunctional
 from eagerq.observer import ObserverBase
@@ -61,11 +60,10 @@ class ObserverHook:
         eager = not torch.compiler.is_compiling()
         if eager and gives_its_own(module) and next(iter(module._forward_hooks.values())) is self:
             return rounded_over(observer, output)
-        left = None if eager else getattr(module, "_made", None)
-        if left is not None:
+        made = None if eager else getattr(module, "_made", None)
+        if made is not None:
             module._made = None
-            trace, made = left
-            if trace == this_trace() and is_ordinary(observer) and (rounded := observer.over_made(made)) is not None:
+            if is_ordinary(observer) and (rounded := observer.over_made(made)) is not None:
                 return rounded
         observed: Tensor = observer(output)
         return observed

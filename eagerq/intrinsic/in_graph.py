@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from eagerq.functional import Norm
-from eagerq.kernels.tracing import this_trace
 from eagerq.kernels.training_norm import Normalized, batch_norm_in_graph
 from eagerq.twins import is_rounded_first
 
@@ -39,8 +38,8 @@ def layer_in_graph(layer: Any, x: Tensor, folded: Tensor) -> Tensor | None:
 
 
 def _left_for_hook(layer: Any, made: Any) -> Tensor:
-    if layer._called == this_trace() and is_rounded_first(layer):
-        layer._made = layer._called, made
+    if layer._called and is_rounded_first(layer):
+        layer._made = made
     attached: Tensor = made.attached(made.relu)
     return attached
 

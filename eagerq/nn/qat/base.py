@@ -16,7 +16,6 @@ from torch.nn.utils.parametrize import (
 from eagerq.bundles import Unit
 from eagerq.errors import InvalidConfigError
 from eagerq.functional import rebuilt, relu_
-from eagerq.kernels.tracing import this_trace
 
 __all__ = ["QATMixin", "gives_its_own", "hand_over"]
 
@@ -52,10 +51,8 @@ class QATMixin(Unit):
     _FLOAT_RELU: ClassVar[Any] = None  # the fused float module, where a ReLU is fused behind
     _PARAMETERS: ClassVar[tuple[str, ...]] = ("weight", "bias")
     post_op: ClassVar[str | None] = None
-    _made: (
-        Any  # only while a call is being compiled: in which run, and what the result was made of, for the hook behind
-    )
-    _called: int | None = None  # the run in which a call of the layer, with its hooks, is being compiled
+    _called: bool = False  # while a call, with its hooks, is being compiled
+    _made: Any  # then: what the result was made of, for the hook that rounds it
 
     qconfig: Any
     weight: Any
@@ -85,9 +82,9 @@ class QATMixin(Unit):
         """
         if not torch.compiler.is_compiling():
             return super()._call_impl(*args, **kwargs)
-        self._called = this_trace()
+        self._called = True
         result = super()._call_impl(*args, **kwargs)
-        self._called = None
+        self._called = False
         return result
 
     def __getstate__(self) -> dict[str, Any]:
